@@ -1,0 +1,126 @@
+package progress
+
+import (
+	"bytes"
+	"fmt"
+	"io"
+	"time"
+
+	"filo/builder"
+)
+
+// plain draws blocks of lines. One vertex has the floor; what others say waits until it ends, or until it had the
+// floor long enough, and then comes under a header of its own.
+type plain struct {
+	w       io.Writer
+	now     func() time.Time
+	waiting []*block // has something to say, in the order of asking
+	blocks  map[*vertex]*block
+	floor   *vertex
+	since   time.Time // when floor got it
+	started bool      // something was drawn
+}
+
+// block is what a vertex has to say.
+type block struct {
+	v    *vertex
+	text bytes.Buffer
+}
+
+const (
+	patience   = 5 * time.Second // how long others wait for the vertex that has the floor
+	blockLimit = 1 << 20         // and how much is kept of what they say meanwhile
+)
+
+func (p *plain) event(v *vertex, e builder.Event, lines []line) {
+	b := p.block(v)
+	for _, l := range lines {
+		fmt.Fprintf(&b.text, "#%d %s\n", v.n, l)
+	}
+	switch e.State {
+	case builder.Warned:
+		fmt.Fprintf(&b.text, "#%d WARN: %s\n", v.n, e.Data)
+	case builder.Cached:
+		fmt.Fprintf(&b.text, "#%d CACHED\n", v.n)
+	case builder.Done:
+		fmt.Fprintf(&b.text, "#%d DONE %.1fs\n", v.n, v.ended.Sub(v.started).Seconds())
+	case builder.Failed:
+		fmt.Fprintf(&b.text, "#%d ERROR: %v\n", v.n, e.Err)
+	case builder.Canceled:
+		fmt.Fprintf(&b.text, "#%d CANCELED\n", v.n)
+	case builder.Started, builder.Log:
+	}
+	p.speak(b)
+}
+
+func (p *plain) tick() {
+	if p.floor == nil || p.now().Sub(p.since) >= patience {
+		p.next()
+	}
+}
+
+func (p *plain) close() {
+	for len(p.waiting) > 0 {
+		p.next()
+	}
+}
+
+// block returns v's block, which waits to be drawn from now on.
+func (p *plain) block(v *vertex) *block {
+	if p.blocks == nil {
+		p.blocks = map[*vertex]*block{}
+	}
+	b := p.blocks[v]
+	if b == nil {
+		b = &block{v: v}
+		p.blocks[v] = b
+		p.waiting = append(p.waiting, b)
+	}
+	return b
+}
+
+// speak draws b if it may speak now.
+func (p *plain) speak(b *block) {
+	switch {
+	case p.floor == nil, p.floor == b.v, !b.v.running(), b.text.Len() > blockLimit:
+		p.draw(b)
+	case p.now().Sub(p.since) >= patience:
+		p.next()
+	}
+	if p.floor == nil {
+		p.next()
+	}
+}
+
+// next gives the floor to the vertex that waits longest.
+func (p *plain) next() {
+	if len(p.waiting) > 0 {
+		p.draw(p.waiting[0])
+	}
+}
+
+// draw writes all of b and gives its vertex the floor for as long as it runs.
+func (p *plain) draw(b *block) {
+	if p.floor != b.v {
+		if p.floor != nil {
+			fmt.Fprintf(p.w, "#%d ...\n", p.floor.n)
+		}
+		if p.started {
+			fmt.Fprintln(p.w)
+		}
+		p.started = true
+		fmt.Fprintf(p.w, "#%d %s\n", b.v.n, b.v.name)
+		p.floor, p.since = b.v, p.now()
+	}
+	p.w.Write(b.text.Bytes())
+	delete(p.blocks, b.v)
+	for i, w := range p.waiting {
+		if w == b {
+			p.waiting = append(p.waiting[:i:i], p.waiting[i+1:]...)
+			break
+		}
+	}
+	if !b.v.running() {
+		p.floor = nil
+	}
+}

@@ -1,0 +1,222 @@
+// Package progress draws what a builder reports: plain lines in BuildKit's form (plain.go), a redrawn list on a
+// terminal (tty.go), BuildKit's status objects as JSON (raw.go), or nothing. Lines are cut from the stream of a step
+// in line.go; every line of every step is drawn, however long the log.
+//
+// It decides nothing and keeps nothing but what it needs to draw, and the last lines of each step for whoever shows
+// the error. Steps are numbered here, in the order in which they are first heard of, so that others than the builder
+// (an exporter, a pull) may report too.
+//
+// Start at [Display].
+package progress
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"sync"
+	"time"
+
+	"filo/builder"
+)
+
+// Mode is a way of drawing.
+type Mode string
+
+// The ways of drawing.
+const (
+	Auto    Mode = "auto"    // TTY on a terminal, else Plain
+	Plain   Mode = "plain"   // lines
+	TTY     Mode = "tty"     // a list that is redrawn
+	Quiet   Mode = "quiet"   // nothing
+	RawJSON Mode = "rawjson" // an object a line
+)
+
+// ParseMode reads a mode as the user writes it; "" is [Auto] and "none" is [Quiet].
+func ParseMode(s string) (Mode, error) {
+	switch m := Mode(s); m {
+	case "":
+		return Auto, nil
+	case "none":
+		return Quiet, nil
+	case Auto, Plain, TTY, Quiet, RawJSON:
+		return m, nil
+	}
+	return "", fmt.Errorf("parse progress mode %q: must be one of auto, plain, tty, quiet, rawjson", s)
+}
+
+// ErrNoTerminal is returned for [TTY] where there is no terminal to draw on.
+var ErrNoTerminal = errors.New("tty progress needs a terminal")
+
+// Options are the choices of a [Display].
+type Options struct {
+	Mode     Mode
+	Now      func() time.Time                   // the clock
+	Size     func() (width, height int)         // of the terminal; nil if the output is none
+	Color    bool                               // TTY only
+	LogLines int                                // TTY: lines of a running step's log that are shown; 0 is 6
+	Ticker   func(time.Duration, func()) func() // calls a function regularly until the returned stop; nil draws on events only
+}
+
+// Display draws events. Its methods may be called from several goroutines.
+type Display struct {
+	mu       sync.Mutex
+	now      func() time.Time
+	vertices map[int]*vertex
+	order    []*vertex
+	style    style
+	failed   *vertex // the first that failed
+	quiet    bool
+	stop     func()
+	closed   bool
+}
+
+// style is one way of drawing. Its methods are called one at a time.
+type style interface {
+	event(v *vertex, e builder.Event, lines []line) // the lines are those that e completed
+	tick()                                          // some time has passed
+	close()
+}
+
+// vertex is what is known of one step.
+type vertex struct {
+	n       int
+	name    string
+	state   builder.State
+	err     error
+	started time.Time
+	ended   time.Time
+	streams [3]partial // by stream: 0 the builder's own words, 1 standard output, 2 standard error
+	tail    []string   // the last lines of its output, as plain mode shows them
+}
+
+func (v *vertex) running() bool { return v.ended.IsZero() }
+
+const tailLines = 10 // BuildKit shows as many of a failed step
+
+// New returns a display that draws on w. It must be closed.
+func New(w io.Writer, o Options) (*Display, error) {
+	d := &Display{now: o.Now, vertices: map[int]*vertex{}}
+	mode := o.Mode
+	switch {
+	case mode == TTY && o.Size == nil:
+		return nil, ErrNoTerminal
+	case mode == Auto && o.Size != nil:
+		mode = TTY
+	case mode == Auto:
+		mode = Plain
+	}
+	switch mode {
+	case TTY:
+		d.style = newTTY(w, d, o)
+	case Plain:
+		d.style = &plain{w: w, now: o.Now}
+	case RawJSON:
+		d.style = &raw{w: w, now: o.Now}
+	case Quiet:
+		d.style, d.quiet = silent{}, true
+	default:
+		return nil, fmt.Errorf("draw progress: no such mode %q", mode)
+	}
+	if o.Ticker != nil && !d.quiet {
+		d.stop = o.Ticker(tickEvery, d.Tick)
+	}
+	return d, nil
+}
+
+const tickEvery = 150 * time.Millisecond
+
+// Emit draws one event. It is what [builder.Builder] calls.
+func (d *Display) Emit(e builder.Event) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.closed {
+		return
+	}
+	v := d.vertex(e)
+	var lines []line
+	switch e.State {
+	case builder.Log:
+		lines = v.take(e.Stream, e.Data, d.now())
+	case builder.Cached, builder.Done, builder.Failed, builder.Canceled:
+		lines = v.flush()
+		v.state, v.err, v.ended = e.State, e.Err, d.now()
+		if e.State == builder.Failed && d.failed == nil {
+			d.failed = v
+		}
+	}
+	d.style.event(v, e, lines)
+}
+
+// Tick draws what waits for time to pass.
+func (d *Display) Tick() {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if !d.closed {
+		d.style.tick()
+	}
+}
+
+// Close draws what is left and ends the display. Later events are dropped.
+func (d *Display) Close() {
+	if d.stop != nil {
+		d.stop()
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.closed {
+		return
+	}
+	for _, v := range d.order {
+		if lines := v.flush(); len(lines) > 0 {
+			d.style.event(v, builder.Event{State: builder.Log}, lines)
+		}
+	}
+	d.style.close()
+	d.closed = true
+}
+
+// Failure returns the name and the last log lines of the step that failed first, if one did and printed something.
+// A quiet display has none.
+func (d *Display) Failure() (name string, tail []string, ok bool) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.quiet || d.failed == nil || len(d.failed.tail) == 0 {
+		return "", nil, false
+	}
+	return d.failed.name, d.failed.tail, true
+}
+
+// Counts returns how many steps ended, and how many of these came from the cache.
+func (d *Display) Counts() (ended, cached int) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	for _, v := range d.order {
+		if !v.running() {
+			ended++
+		}
+		if v.state == builder.Cached {
+			cached++
+		}
+	}
+	return ended, cached
+}
+
+// vertex returns the vertex of e, a new one if it is first heard of.
+func (d *Display) vertex(e builder.Event) *vertex {
+	v := d.vertices[e.Vertex]
+	if v == nil {
+		v = &vertex{n: len(d.order) + 1, name: e.Name, started: d.now()}
+		d.vertices[e.Vertex] = v
+		d.order = append(d.order, v)
+	}
+	if e.Name != "" {
+		v.name = e.Name
+	}
+	return v
+}
+
+type silent struct{}
+
+func (silent) event(*vertex, builder.Event, []line) {}
+func (silent) tick()                                {}
+func (silent) close()                               {}
