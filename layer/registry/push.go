@@ -1,0 +1,261 @@
+package registry
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"net/url"
+	"slices"
+	"strings"
+
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+)
+
+// PushBlob makes the repository of ref hold a blob: it is there already, or it is mounted from another
+// repository of the same host, or open is called (again for every attempt) and its bytes are sent. mountFrom
+// are references that may hold the blob; those of other hosts are passed over. Pushes go to the registry
+// itself, never to a mirror.
+func (c *Client) PushBlob(ctx context.Context, ref string, d ocispec.Descriptor, mountFrom []string, open func(context.Context) (io.ReadCloser, error)) error {
+	n, err := parse(ref)
+	if err != nil {
+		return err
+	}
+	n.tag, n.digest = "", d.Digest
+	return explain(c.pushBlob(ctx, n.origin(), d, mountFrom, open), n.String())
+}
+
+func (c *Client) pushBlob(ctx context.Context, e endpoint, d ocispec.Descriptor, mountFrom []string, open func(context.Context) (io.ReadCloser, error)) error {
+	if slices.Contains(c.known(e, d.Digest), e.repo) {
+		return nil
+	}
+	release, err := c.slot(ctx, c.pushes, e.host)
+	if err != nil {
+		return err
+	}
+	defer release()
+	s, err := c.session(ctx, sessionKey{host: e.host, repo: e.repo, push: true})
+	if err != nil {
+		return err
+	}
+	has, err := s.hasBlob(ctx, e, d.Digest)
+	if err != nil {
+		return err
+	}
+	if !has {
+		if err := c.send(ctx, s, e, d, mountFrom, open); err != nil {
+			return err
+		}
+	}
+	c.know(e, d.Digest)
+	return nil
+}
+
+func (c *Client) send(ctx context.Context, s *session, e endpoint, d ocispec.Descriptor, mountFrom []string, open func(context.Context) (io.ReadCloser, error)) error {
+	for _, from := range c.candidates(e, d.Digest, mountFrom) {
+		if c.mount(ctx, e, d.Digest, from) {
+			return nil
+		}
+	}
+	for try := 1; ; try++ {
+		err := s.upload(ctx, e, d, open)
+		if err == nil || try == tries || ctx.Err() != nil || !worthResending(err) {
+			return err
+		}
+		if err := sleep(ctx, c.pause(try)); err != nil {
+			return err
+		}
+	}
+}
+
+// candidates are the repositories of the host from which a mount may succeed.
+func (c *Client) candidates(e endpoint, d digest.Digest, mountFrom []string) []string {
+	repos := c.known(e, d)
+	for _, ref := range mountFrom {
+		n, err := parse(ref)
+		if err != nil {
+			continue
+		}
+		for _, at := range c.endpoints(n) { // the host may be a mirror of where the blob is from
+			if at.host == e.host && at.repo != e.repo && !slices.Contains(repos, at.repo) {
+				repos = append(repos, at.repo)
+			}
+		}
+	}
+	return repos
+}
+
+// mount asks the registry to link a blob from another repository. Any refusal means that it is uploaded.
+func (c *Client) mount(ctx context.Context, e endpoint, d digest.Digest, from string) bool {
+	s, err := c.session(ctx, sessionKey{host: e.host, repo: e.repo, push: true, from: from})
+	if err != nil {
+		return false
+	}
+	q := url.Values{"mount": {d.String()}, "from": {from}}
+	req, err := http.NewRequestWithContext(ctx, http.MethodPost, s.base+e.repo+"/blobs/uploads/?"+q.Encode(), nil)
+	if err != nil {
+		return false
+	}
+	resp, err := s.do(req)
+	if err != nil {
+		return false
+	}
+	defer resp.Body.Close()
+	if resp.StatusCode == http.StatusAccepted {
+		s.cancel(ctx, resp)
+	}
+	return resp.StatusCode == http.StatusCreated
+}
+
+// cancel gives up an upload that a registry opened instead of mounting, so that it keeps nothing waiting.
+func (s *session) cancel(ctx context.Context, resp *http.Response) {
+	at, err := resp.Location()
+	if err != nil {
+		return
+	}
+	req, err := http.NewRequestWithContext(ctx, http.MethodDelete, at.String(), nil)
+	if err != nil {
+		return
+	}
+	if resp, err := s.client.Do(req); err == nil {
+		resp.Body.Close()
+	}
+}
+
+// errOpen marks that the blob could not be read here, which no repetition mends.
+type errOpen struct{ error }
+
+func (e errOpen) Unwrap() error { return e.error }
+
+// upload sends a blob with one POST and one PUT. A broken upload starts again from the beginning.
+func (s *session) upload(ctx context.Context, e endpoint, d ocispec.Descriptor, open func(context.Context) (io.ReadCloser, error)) error {
+	body, err := open(ctx)
+	if err != nil {
+		return errOpen{err}
+	}
+	defer body.Close()
+	at, err := s.begin(ctx, e)
+	if err != nil {
+		return err
+	}
+	q := at.Query()
+	q.Set("digest", d.Digest.String())
+	at.RawQuery = q.Encode()
+	src := &source{Reader: body}
+	req, err := http.NewRequestWithContext(ctx, http.MethodPut, at.String(), io.NopCloser(src))
+	if err != nil {
+		return err
+	}
+	req.ContentLength = d.Size
+	if d.Size == 0 {
+		req.Body = http.NoBody
+	}
+	req.Header.Set("Content-Type", "application/octet-stream")
+	resp, err := s.do(req)
+	if src.err != nil {
+		if resp != nil {
+			resp.Body.Close()
+		}
+		return errOpen{src.err}
+	}
+	if err != nil {
+		return err
+	}
+	defer resp.Body.Close()
+	return answered(resp, http.StatusCreated, http.StatusNoContent)
+}
+
+// source remembers that reading the blob failed, which the HTTP client reports like a broken connection.
+type source struct {
+	io.Reader
+	err error
+}
+
+func (s *source) Read(p []byte) (int, error) {
+	n, err := s.Reader.Read(p)
+	if err != nil && err != io.EOF {
+		s.err = err
+	}
+	return n, err
+}
+
+func (s *session) begin(ctx context.Context, e endpoint) (*url.URL, error) {
+	req, err := http.NewRequestWithContext(ctx, http.MethodPost, s.base+e.repo+"/blobs/uploads/", nil)
+	if err != nil {
+		return nil, err
+	}
+	resp, err := s.do(req)
+	if err != nil {
+		return nil, err
+	}
+	defer resp.Body.Close()
+	if err := answered(resp, http.StatusAccepted); err != nil {
+		return nil, err
+	}
+	return resp.Location()
+}
+
+func worthResending(err error) bool {
+	var local errOpen
+	if errors.As(err, &local) {
+		return false
+	}
+	var e *Error
+	if errors.As(err, &e) {
+		// 401: the token may have run out in the middle of the body; the next try gets a new one.
+		return passingStatus(e.Status) || e.Class == Unauthorized && e.Status == http.StatusUnauthorized
+	}
+	return broken(err)
+}
+
+// PushManifest makes ref, a tag or a digest, name a manifest or index. Everything it refers to must be there
+// already. If the registry says that it is so already nothing is sent.
+func (c *Client) PushManifest(ctx context.Context, ref string, d ocispec.Descriptor, data []byte) error {
+	n, err := parse(ref)
+	if err != nil {
+		return err
+	}
+	if len(data) > maxManifest {
+		return &Error{Ref: n.String(), Text: fmt.Sprintf("manifest of %d bytes: registries take %d MiB", len(data), maxManifest>>20)}
+	}
+	if err := c.pushManifest(ctx, n, d, data); err != nil {
+		return explain(err, n.String())
+	}
+	c.settle(n, ocispec.Descriptor{MediaType: d.MediaType, Digest: d.Digest, Size: d.Size})
+	return nil
+}
+
+func (c *Client) pushManifest(ctx context.Context, n name, d ocispec.Descriptor, data []byte) error {
+	e := n.origin()
+	target := n.tag
+	if target == "" {
+		target = d.Digest.String()
+	}
+	s, err := c.session(ctx, sessionKey{host: e.host, repo: e.repo, push: true})
+	if err != nil {
+		return err
+	}
+	if there, err := s.head(ctx, e, target); err == nil && there.Digest == d.Digest {
+		return nil
+	}
+	req, err := http.NewRequestWithContext(ctx, http.MethodPut, s.base+e.repo+"/manifests/"+target, bytes.NewReader(data))
+	if err != nil {
+		return err
+	}
+	req.Header.Set("Content-Type", d.MediaType)
+	resp, err := s.do(req)
+	if err != nil {
+		return err
+	}
+	defer resp.Body.Close()
+	if err := answered(resp, http.StatusCreated, http.StatusOK, http.StatusAccepted); err != nil {
+		return err
+	}
+	if got := digest.Digest(strings.TrimSpace(resp.Header.Get("Docker-Content-Digest"))); got != "" && got != d.Digest {
+		return &Error{Text: fmt.Sprintf("the registry stored digest %s, not %s", got, d.Digest)}
+	}
+	return nil
+}

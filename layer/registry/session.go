@@ -1,0 +1,134 @@
+package registry
+
+import (
+	"context"
+	"errors"
+	"net/http"
+	"strings"
+	"sync"
+
+	"github.com/google/go-containerregistry/pkg/authn"
+	ggcr "github.com/google/go-containerregistry/pkg/name"
+	"github.com/google/go-containerregistry/pkg/v1/remote/transport"
+)
+
+// sessionKey names a right on a repository: what a bearer token is asked for.
+type sessionKey struct {
+	host, repo string
+	push       bool
+	from       string // repository of the host whose blobs may be mounted
+}
+
+// session is one signed-in HTTP client, made on first use.
+type session struct {
+	mu     sync.Mutex
+	client *http.Client
+	base   string // https://HOST/v2/
+	hint   error  // why there are no credentials although some are configured
+}
+
+// session returns the signed-in client for a right, signing in if need be.
+func (c *Client) session(ctx context.Context, k sessionKey) (*session, error) {
+	c.mu.Lock()
+	s := c.sessions[k]
+	if s == nil {
+		s = &session{}
+		c.sessions[k] = s
+	}
+	c.mu.Unlock()
+
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.client != nil {
+		return s, nil
+	}
+	if err := c.signIn(ctx, k, s); err != nil {
+		return nil, err
+	}
+	return s, nil
+}
+
+func (c *Client) signIn(ctx context.Context, k sessionKey, s *session) error {
+	opts := []ggcr.Option{ggcr.WeakValidation}
+	if c.retry.clear(k.host) {
+		opts = append(opts, ggcr.Insecure)
+	}
+	reg, err := ggcr.NewRegistry(k.host, opts...)
+	if err != nil {
+		return err
+	}
+	auth, hint := credentials(ctx, reg.RegistryStr(), k.repo)
+	rt, err := transport.NewWithContext(ctx, reg, auth, transport.NewUserAgent(c.retry, c.o.UserAgent), k.scopes())
+	if err != nil {
+		return withHint(err, hint)
+	}
+	s.client = &http.Client{Transport: rt}
+	s.base = "https://" + reg.RegistryStr() + "/v2/" // the transport corrects the scheme
+	s.hint = hint
+	return nil
+}
+
+func (k sessionKey) scopes() []string {
+	right := transport.PullScope
+	if k.push {
+		right = transport.PushScope
+	}
+	scopes := []string{"repository:" + k.repo + ":" + right}
+	if k.from != "" {
+		scopes = append(scopes, "repository:"+k.from+":"+transport.PullScope)
+	}
+	return scopes
+}
+
+// do sends a request. Errors carry no reference yet.
+func (s *session) do(req *http.Request) (*http.Response, error) {
+	resp, err := s.client.Do(req)
+	if err != nil {
+		return nil, withHint(err, s.hint)
+	}
+	if resp.StatusCode == http.StatusUnauthorized && s.hint != nil {
+		defer resp.Body.Close()
+		return nil, withHint(answered(resp), s.hint)
+	}
+	return resp, nil
+}
+
+// withHint adds to an "unauthorized" why there were no credentials.
+func withHint(err, hint error) error {
+	if hint == nil {
+		return err
+	}
+	var e *Error
+	if explained := explain(err, ""); errors.As(explained, &e) && e.Class == Unauthorized {
+		e.Text = oneLine(e.Text + "; credentials: " + hint.Error())
+		return e
+	}
+	return err
+}
+
+// place is what credentials are looked up by: a host, or a host and the beginning of a repository's path.
+type place string
+
+func (p place) String() string      { return string(p) }
+func (p place) RegistryStr() string { return string(p) }
+
+// credentials returns what Docker's configuration holds for a repository, the longest matching path first,
+// then the host. A configuration that cannot be read means no credentials, and the reason is returned.
+func credentials(ctx context.Context, host, repo string) (authn.Authenticator, error) {
+	for path := repo; path != ""; {
+		a, err := authn.Resolve(ctx, authn.DefaultKeychain, place(host+"/"+path))
+		if err == nil && a != authn.Anonymous {
+			return a, nil
+		}
+		i := strings.LastIndexByte(path, '/')
+		if i < 0 {
+			break
+		}
+		path = path[:i]
+	}
+	a, err := authn.Resolve(ctx, authn.DefaultKeychain, place(host))
+	if err != nil {
+		return authn.Anonymous, err
+	}
+	return a, nil
+}
