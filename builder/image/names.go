@@ -1,0 +1,202 @@
+package image
+
+import (
+	"cmp"
+	"context"
+	"encoding/json"
+	"fmt"
+	"io/fs"
+	"maps"
+	"os"
+	"path/filepath"
+	"slices"
+
+	"github.com/distribution/reference"
+	"github.com/opencontainers/go-digest"
+	"github.com/opencontainers/image-spec/specs-go"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"filo/layer"
+	"filo/layer/registry"
+)
+
+// AnnotationName is the annotation by which an entry of an index.json carries a full image name.
+const AnnotationName = "io.containerd.image.name"
+
+// Named is an image of the local store. Name is empty for one that was stored without.
+type Named struct {
+	Name       string
+	Descriptor ocispec.Descriptor
+}
+
+// Tag makes a name stand for a manifest or index of the store. What it stood for before keeps no name from
+// it. An empty name only keeps the image.
+func Tag(ctx context.Context, s *layer.Store, name string, d ocispec.Descriptor) error {
+	if name == "" {
+		return change(ctx, s, func(idx *ocispec.Index) error {
+			if !slices.ContainsFunc(idx.Manifests, func(o ocispec.Descriptor) bool { return o.Digest == d.Digest }) {
+				idx.Manifests = append(idx.Manifests, d)
+			}
+			return nil
+		})
+	}
+	full, tag, err := taggable(name)
+	if err != nil {
+		return err
+	}
+	d.Annotations = maps.Clone(d.Annotations)
+	if d.Annotations == nil {
+		d.Annotations = map[string]string{}
+	}
+	d.Annotations[AnnotationName] = full
+	d.Annotations[ocispec.AnnotationRefName] = tag
+	return change(ctx, s, func(idx *ocispec.Index) error {
+		idx.Manifests = slices.DeleteFunc(idx.Manifests, func(o ocispec.Descriptor) bool {
+			return nameOf(o) == full || nameOf(o) == "" && o.Digest == d.Digest
+		})
+		idx.Manifests = append(idx.Manifests, d)
+		return nil
+	})
+}
+
+// taggable returns the full form of a name that an image can be given, and its tag.
+func taggable(name string) (full, tag string, err error) {
+	full, err = registry.Normalize(name)
+	if err != nil {
+		return "", "", err
+	}
+	n, err := reference.ParseNamed(full)
+	if err != nil {
+		return "", "", err
+	}
+	if _, ok := n.(reference.Digested); ok {
+		return "", "", fmt.Errorf("invalid name %q: a digest cannot be chosen", name)
+	}
+	return full, n.(reference.Tagged).Tag(), nil
+}
+
+// Lookup returns what a name of the local store stands for. A name with a digest needs that digest. If there
+// is none the error is fs.ErrNotExist.
+func Lookup(s *layer.Store, name string) (ocispec.Descriptor, error) {
+	full, err := registry.Normalize(name)
+	if err != nil {
+		return ocispec.Descriptor{}, err
+	}
+	want := pinned(full)
+	all, err := List(s)
+	if err != nil {
+		return ocispec.Descriptor{}, err
+	}
+	repo, _ := registry.Repository(full)
+	for _, n := range all {
+		if n.Name == "" {
+			continue
+		}
+		if want == "" && n.Name == full {
+			return n.Descriptor, nil
+		}
+		if have, _ := registry.Repository(n.Name); want != "" && have == repo && n.Descriptor.Digest == want {
+			return n.Descriptor, nil
+		}
+	}
+	return ocispec.Descriptor{}, fmt.Errorf("%s: %w", full, fs.ErrNotExist)
+}
+
+// List returns the images of the local store, by name.
+func List(s *layer.Store) ([]Named, error) {
+	idx, err := readIndex(s)
+	if err != nil {
+		return nil, err
+	}
+	all := make([]Named, 0, len(idx.Manifests))
+	for _, d := range idx.Manifests {
+		if d.Digest.Validate() == nil {
+			all = append(all, Named{Name: nameOf(d), Descriptor: d})
+		}
+	}
+	slices.SortStableFunc(all, func(a, b Named) int { return cmp.Compare(a.Name, b.Name) })
+	return all, nil
+}
+
+// Untag takes a name from the local store and returns what it stood for; fs.ErrNotExist if nothing. The
+// blobs stay until they are pruned.
+func Untag(ctx context.Context, s *layer.Store, name string) (ocispec.Descriptor, error) {
+	full, err := registry.Normalize(name)
+	if err != nil {
+		return ocispec.Descriptor{}, err
+	}
+	gone, err := remove(ctx, s, func(d ocispec.Descriptor) bool { return nameOf(d) == full })
+	if err == nil && len(gone) == 0 {
+		err = fmt.Errorf("%s: %w", full, fs.ErrNotExist)
+	}
+	if err != nil {
+		return ocispec.Descriptor{}, err
+	}
+	return gone[0].Descriptor, nil
+}
+
+// Remove takes all names from the image with a digest and returns them; fs.ErrNotExist if there is no such
+// image.
+func Remove(ctx context.Context, s *layer.Store, d digest.Digest) ([]Named, error) {
+	gone, err := remove(ctx, s, func(o ocispec.Descriptor) bool { return o.Digest == d })
+	if err == nil && len(gone) == 0 {
+		err = fmt.Errorf("%s: %w", d, fs.ErrNotExist)
+	}
+	return gone, err
+}
+
+func remove(ctx context.Context, s *layer.Store, which func(ocispec.Descriptor) bool) ([]Named, error) {
+	var gone []Named
+	err := change(ctx, s, func(idx *ocispec.Index) error {
+		idx.Manifests = slices.DeleteFunc(idx.Manifests, func(d ocispec.Descriptor) bool {
+			if !which(d) {
+				return false
+			}
+			gone = append(gone, Named{Name: nameOf(d), Descriptor: d})
+			return true
+		})
+		return nil
+	})
+	return gone, err
+}
+
+// nameOf is the name that an entry of index.json carries.
+func nameOf(d ocispec.Descriptor) string {
+	return d.Annotations[AnnotationName]
+}
+
+// change edits index.json; one process at a time does.
+func change(ctx context.Context, s *layer.Store, edit func(*ocispec.Index) error) error {
+	unlock, err := s.Lock(ctx, "index.json")
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	idx, err := readIndex(s)
+	if err != nil {
+		return err
+	}
+	if err := edit(idx); err != nil {
+		return err
+	}
+	data, err := json.MarshalIndent(idx, "", "  ")
+	if err != nil {
+		return err
+	}
+	return replace(s, filepath.Join(s.Dir(), "index.json"), data)
+}
+
+func readIndex(s *layer.Store) (*ocispec.Index, error) {
+	data, err := os.ReadFile(filepath.Join(s.Dir(), "index.json"))
+	if err != nil {
+		return nil, err
+	}
+	idx := ocispec.Index{Versioned: specs.Versioned{SchemaVersion: 2}, MediaType: ocispec.MediaTypeImageIndex}
+	if err := json.Unmarshal(data, &idx); err != nil {
+		return nil, fmt.Errorf("read %s: %w", filepath.Join(s.Dir(), "index.json"), err)
+	}
+	if idx.Manifests == nil {
+		idx.Manifests = []ocispec.Descriptor{}
+	}
+	return &idx, nil
+}
