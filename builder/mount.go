@@ -1,0 +1,339 @@
+package builder
+
+import (
+	"cmp"
+	"context"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"os"
+	"path"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/gofrs/flock"
+	"github.com/opencontainers/go-digest"
+
+	"filo/builder/sandbox"
+	"filo/dockerfile"
+	"filo/layer"
+)
+
+// mountKey is what of a mount goes into the key of its RUN: that it is there, where, and what it shows.
+type mountKey struct {
+	Type     dockerfile.MountType
+	Target   string        `json:",omitempty"`
+	ReadOnly bool          `json:",omitempty"`
+	Content  digest.Digest `json:",omitempty"` // bind
+	ID       string        `json:",omitempty"` // secret, ssh
+	Env      string        `json:",omitempty"`
+	Size     int64         `json:",omitempty"`
+	Mode     *uint32       `json:",omitempty"`
+	UID, GID *int          `json:",omitempty"`
+}
+
+// mount is a RUN --mount whose content is found and keyed.
+type mount struct {
+	dockerfile.Mount
+	key    mountKey
+	source []picked      // bind, cache: what is shown
+	layers []layer.Layer // bind, cache of a stage or image: where it is; nil for files that must be made a layer first
+}
+
+// prepare finds what the mounts of op show.
+func (w *walk) prepare(ctx context.Context, op *dockerfile.Run) (runStep, error) {
+	r := runStep{op: op}
+	for _, m := range op.Mounts {
+		pm, err := w.prepareMount(ctx, m)
+		if err != nil {
+			return r, err
+		}
+		r.mounts = append(r.mounts, pm)
+	}
+	return r, nil
+}
+
+func (w *walk) prepareMount(ctx context.Context, m dockerfile.Mount) (mount, error) {
+	pm := mount{Mount: m, key: mountKey{Type: m.Type, Target: m.Target, ReadOnly: m.ReadOnly}}
+	switch m.Type {
+	case dockerfile.MountTmpfs:
+		pm.key.Size = m.Size
+	case dockerfile.MountSecret, dockerfile.MountSSH:
+		pm.key.ID, pm.key.Env, pm.key.Mode, pm.key.UID, pm.key.GID = m.ID, m.Env, m.Mode, m.UID, m.GID
+	case dockerfile.MountBind:
+		if err := w.prepareSource(ctx, &pm); err != nil {
+			return pm, err
+		}
+		pm.key.Content = pm.source[0].digest(true, true)
+	case dockerfile.MountCache:
+		if m.HasFrom {
+			return pm, w.prepareSource(ctx, &pm)
+		}
+	}
+	return pm, nil
+}
+
+func (w *walk) prepareSource(ctx context.Context, m *mount) error {
+	from, err := w.origin(ctx, m.From)
+	if err != nil {
+		return err
+	}
+	m.layers = from.layers
+	m.source, err = from.pick(ctx, selection{path: cmp.Or(m.Source, "/"), contents: true})
+	return err
+}
+
+// mount adds the mounts of r to p. The caller calls the function it returns, also after an error, when p has ended.
+func (w *walk) mount(ctx context.Context, p *sandbox.Process, r runStep) (release func(), err error) {
+	var held []func()
+	release = func() {
+		for _, f := range slices.Backward(held) {
+			f()
+		}
+	}
+	ssh := 0
+	for _, m := range claimed(r.mounts) {
+		var sm sandbox.Mount
+		var free func()
+		switch m.Type {
+		case dockerfile.MountBind:
+			sm, free, err = w.bind(ctx, m)
+		case dockerfile.MountCache:
+			sm, free, err = w.cacheMount(ctx, m)
+		case dockerfile.MountTmpfs:
+			sm = sandbox.Mount{Type: sandbox.Tmpfs, Size: m.Size}
+		case dockerfile.MountSecret:
+			sm, err = w.secret(p, m)
+		case dockerfile.MountSSH:
+			sm, free, err = w.ssh(ctx, p, m, ssh)
+			ssh++
+		}
+		if free != nil {
+			held = append(held, free)
+		}
+		if err != nil {
+			return release, err
+		}
+		if sm.Type == "" {
+			continue
+		}
+		sm.Target, sm.ReadOnly = cmp.Or(sm.Target, m.Target), m.ReadOnly
+		p.Mounts = append(p.Mounts, sm)
+	}
+	slices.SortStableFunc(p.Mounts, func(a, b sandbox.Mount) int { // a mount must not hide one below it
+		return strings.Count(path.Clean(a.Target), "/") - strings.Count(path.Clean(b.Target), "/")
+	})
+	return release, nil
+}
+
+// claimed sorts mounts so that cache mounts are claimed in one order by everybody: two steps must not wait for each
+// other's.
+func claimed(mounts []mount) []mount {
+	claim := func(m mount) string {
+		if m.Type != dockerfile.MountCache {
+			return ""
+		}
+		return "cache " + m.ID
+	}
+	return slices.SortedStableFunc(slices.Values(mounts), func(a, b mount) int {
+		return strings.Compare(claim(a), claim(b))
+	})
+}
+
+// lockPause is how often a busy lock of a cache mount is tried again.
+const lockPause = 20 * time.Millisecond
+
+// bind shows files of the context, a stage or an image; what is written to a writable one is thrown away.
+func (w *walk) bind(ctx context.Context, m mount) (sandbox.Mount, func(), error) {
+	layers, sub := m.layers, m.Source
+	if layers == nil {
+		l, at, err := w.materialise(ctx, m.source)
+		if err != nil {
+			return sandbox.Mount{}, nil, err
+		}
+		layers, sub = []layer.Layer{l}, at
+	}
+	o, err := w.Store.Overlay(ctx, layers, nil)
+	if err != nil {
+		return sandbox.Mount{}, nil, err
+	}
+	root := rootOf(o)
+	if m.ReadOnly {
+		root.Upper, root.Work = "", ""
+	}
+	return sandbox.Mount{Type: sandbox.Overlay, Root: root, Subpath: sub}, func() { o.Close() }, nil
+}
+
+// materialise makes a layer of files that are in no layer yet and returns it with where in it they are.
+func (w *walk) materialise(ctx context.Context, source []picked) (layer.Layer, string, error) {
+	const at = "/source"
+	key, err := keyOf(struct{ Source string }{"materialise"}, source[0].digest(true, true))
+	if err != nil {
+		return layer.Layer{}, "", err
+	}
+	m, err := w.remembered(ctx, key, false, func(ctx context.Context, _ int64) (layer.Layer, error) {
+		pl := newPlan(nil, 0)
+		root := source[0].files[0]
+		if source[0].isDir() {
+			root.Path = strings.TrimPrefix(at, "/")
+			pl.put(node{Entry: root.Entry})
+		}
+		if err := pl.copy(&source[0], at, attributes{}); err != nil {
+			return layer.Layer{}, err
+		}
+		return w.create(ctx, pl, layer.Sinks{Tree: true})
+	})
+	return m.layer, at, err
+}
+
+// cacheMount shows a directory that outlives the build. Its identity is its ID and how it begins.
+func (w *walk) cacheMount(ctx context.Context, m mount) (sandbox.Mount, func(), error) {
+	h := sha256.New()
+	fmt.Fprintf(h, "%q %v %v %v\n", m.ID, deref(m.Mode, 0o755), deref(m.UID, 0), deref(m.GID, 0))
+	if m.HasFrom {
+		fmt.Fprintln(h, m.source[0].digest(true, true))
+	}
+	dir, lock, err := w.claim(ctx, filepath.Join(w.Store.Dir(), "mounts"), fmt.Sprintf("%x", h.Sum(nil)), m.Sharing)
+	if err != nil {
+		return sandbox.Mount{}, nil, fmt.Errorf("cache mount %s: %w", m.ID, err)
+	}
+	free := func() { lock.Unlock() }
+	if err := w.fill(ctx, dir, m); err != nil {
+		return sandbox.Mount{}, free, fmt.Errorf("cache mount %s: %w", m.ID, err)
+	}
+	return sandbox.Mount{Type: sandbox.Bind, Source: filepath.Join(dir, "data")}, free, nil
+}
+
+// claim returns the directory of a cache mount, locked as sharing says: "shared" with others, "locked" alone after
+// waiting, "private" alone, or else another directory.
+func (w *walk) claim(ctx context.Context, parent, id, sharing string) (string, *flock.Flock, error) {
+	if err := os.MkdirAll(parent, 0o700); err != nil {
+		return "", nil, err
+	}
+	for i := 0; ; i++ {
+		name := id
+		if i > 0 {
+			name += "-" + strconv.Itoa(i)
+		}
+		dir := filepath.Join(parent, name)
+		lock := flock.New(dir + ".lock")
+		var ok bool
+		var err error
+		switch sharing {
+		case "private":
+			ok, err = lock.TryLock()
+		case "locked":
+			ok, err = lock.TryLockContext(ctx, lockPause)
+		default:
+			ok, err = lock.TryRLockContext(ctx, lockPause)
+		}
+		if err != nil || ok {
+			return dir, lock, err
+		}
+	}
+}
+
+// fill makes the data of a cache mount if it is new, or if the build is to use no cache.
+func (w *walk) fill(ctx context.Context, dir string, m mount) error {
+	data := filepath.Join(dir, "data")
+	unlock, err := w.Store.Lock(ctx, "mount-"+filepath.Base(dir))
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	_, err = os.Lstat(data)
+	if err == nil && !(w.req.NoCache && w.emptied(dir)) {
+		return nil
+	}
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
+		return err
+	}
+	tmp, err := w.Store.Temp("mount-")
+	if err != nil {
+		return err
+	}
+	defer os.RemoveAll(tmp)
+	fresh := filepath.Join(tmp, "data")
+	if err := w.begin(ctx, fresh, m); err != nil {
+		return err
+	}
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return err
+	}
+	old := filepath.Join(tmp, "old")
+	if err := os.Rename(data, old); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return err
+	}
+	return os.Rename(fresh, data)
+}
+
+// begin makes dir what a cache mount is at its beginning.
+func (w *walk) begin(ctx context.Context, dir string, m mount) error {
+	if m.HasFrom {
+		l, at, err := w.materialise(ctx, m.source)
+		if err != nil {
+			return err
+		}
+		tree, err := w.Store.Tree(ctx, l)
+		if err != nil {
+			return err
+		}
+		if err := copyTree(filepath.Join(tree, at), dir); err != nil {
+			return err
+		}
+	} else if err := os.Mkdir(dir, 0o700); err != nil {
+		return err
+	}
+	if m.UID != nil || m.GID != nil {
+		if err := os.Chown(dir, deref(m.UID, 0), deref(m.GID, 0)); err != nil && !w.req.SingleID {
+			return err
+		}
+	}
+	if m.HasFrom && m.Mode == nil {
+		return nil
+	}
+	return os.Chmod(dir, fileMode(deref(m.Mode, 0o755)))
+}
+
+// emptied reports whether this build has not emptied dir yet, and notes that it does so now.
+func (w *walk) emptied(dir string) bool {
+	_, done := w.cleared.LoadOrStore(dir, true)
+	return !done
+}
+
+func deref[T any](p *T, otherwise T) T {
+	if p == nil {
+		return otherwise
+	}
+	return *p
+}
+
+// secret shows a secret as a file, a variable, or both.
+func (w *walk) secret(p *sandbox.Process, m mount) (sandbox.Mount, error) {
+	get, ok := w.req.Secrets[m.ID]
+	if !ok {
+		if m.Required {
+			return sandbox.Mount{}, fmt.Errorf("secret %s: %w: give it with --secret id=%s,src=FILE", m.ID, errNotFound, m.ID)
+		}
+		if m.Env != "" {
+			p.Env = append(p.Env, m.Env+"=")
+		}
+		return sandbox.Mount{}, nil
+	}
+	data, err := get()
+	if err != nil {
+		return sandbox.Mount{}, fmt.Errorf("secret %s: %w", m.ID, err)
+	}
+	if m.Env != "" {
+		p.Env = append(p.Env, m.Env+"="+string(data))
+	}
+	if m.Target == "" {
+		return sandbox.Mount{}, nil
+	}
+	return sandbox.Mount{
+		Type: sandbox.Data, Data: data, Mode: deref(m.Mode, 0o400), UID: deref(m.UID, 0), GID: deref(m.GID, 0),
+	}, nil
+}

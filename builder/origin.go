@@ -1,0 +1,185 @@
+package builder
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"path"
+	"strings"
+
+	"github.com/opencontainers/go-digest"
+
+	"filo/cache"
+	"filo/layer"
+	"filo/layer/rootfs"
+)
+
+// origin is a file system that files are copied from: the build context, a stage, an image, what a URL gave.
+type origin struct {
+	fs    fs.FS
+	files *cache.Files // remembers digests of a local directory; nil: bytes are hashed each time
+	view  *layer.View  // fs, if it is one: digests, owners and extended attributes are known
+}
+
+// entryOf describes the file name of o. Path and Digest are left empty, but for a file of a view its digest is set.
+// The second result is equal for hard links of each other and "" for a file with one name.
+func (o *origin) entryOf(name string) (layer.Entry, string, error) {
+	fi, err := lstat(o.fs, name)
+	if err != nil {
+		return layer.Entry{}, "", err
+	}
+	switch st := fi.Sys().(type) {
+	case *layer.Entry:
+		e := *st
+		e.Path = ""
+		return e, o.view.Inode(name), nil
+	case *rootfs.Stat:
+		return o.statEntry(name, fi, st)
+	}
+	return layer.Entry{}, "", fmt.Errorf("lstat %s: unknown file system %T", name, o.fs)
+}
+
+func (o *origin) statEntry(name string, fi fs.FileInfo, st *rootfs.Stat) (e layer.Entry, inode string, err error) {
+	e = layer.Entry{Mode: st.Mode & 0o7777, UID: st.UID, GID: st.GID, ModTime: st.Sec}
+	switch fi.Mode().Type() {
+	case 0:
+		e.Type, e.Size = layer.Regular, st.Size
+		if st.Nlink > 1 {
+			inode = fmt.Sprintf("%d:%d", st.Dev, st.Ino)
+		}
+	case fs.ModeSocket: // BuildKit sends a socket as an empty file (features 3.1.23)
+		e.Type = layer.Regular
+	case fs.ModeDir:
+		e.Type = layer.Dir
+	case fs.ModeSymlink:
+		e.Type, e.Mode = layer.Symlink, 0o777
+		e.Link, err = fs.ReadLink(o.fs, name)
+	case fs.ModeNamedPipe:
+		e.Type = layer.Fifo
+	case fs.ModeDevice | fs.ModeCharDevice:
+		e.Type, e.Major, e.Minor = layer.Char, st.Major, st.Minor
+	case fs.ModeDevice:
+		e.Type, e.Major, e.Minor = layer.Block, st.Major, st.Minor
+	}
+	return e, inode, err
+}
+
+// digest returns the digest of the regular file name.
+func (o *origin) digest(name string) (digest.Digest, error) {
+	fi, err := lstat(o.fs, name)
+	if err != nil {
+		return "", err
+	}
+	open := func() (io.ReadCloser, error) { return o.open(name) }
+	if st, ok := fi.Sys().(*rootfs.Stat); ok && o.files != nil && fi.Mode().IsRegular() {
+		return o.files.Digest(name, *st, open)
+	}
+	r, err := open()
+	if err != nil {
+		return "", err
+	}
+	defer r.Close()
+	return digest.SHA256.FromReader(r)
+}
+
+// open opens the regular file name; a socket reads as empty.
+func (o *origin) open(name string) (io.ReadCloser, error) {
+	fi, err := lstat(o.fs, name)
+	if err != nil {
+		return nil, err
+	}
+	if fi.Mode().Type() == fs.ModeSocket {
+		return io.NopCloser(strings.NewReader("")), nil
+	}
+	return o.fs.Open(name)
+}
+
+func lstat(fsys fs.FS, name string) (fs.FileInfo, error) { return fs.Lstat(fsys, name) }
+
+// maxLinks is how many symbolic links a path may go through, as in the kernel (path_resolution(7)).
+const maxLinks = 255
+
+// errLinks says that a path goes through too many symbolic links.
+var errLinks = errors.New("too many levels of symbolic links")
+
+// resolver follows the symbolic links of a path, as if its file system were the root of the machine.
+type resolver struct {
+	lstat    func(name string) (isLink, exists bool, err error)
+	readLink func(name string) (string, error)
+}
+
+// resolve returns where p leads, as a path for io/fs: every link but, unless last, the last one is followed; ".."
+// stops at the root. Of a path that does not exist, what is missing stays as written.
+func (r resolver) resolve(p string, last bool) (string, error) {
+	todo := strings.Split(p, "/")
+	done := "."
+	for links := 0; len(todo) > 0; {
+		name := todo[0]
+		todo = todo[1:]
+		switch name {
+		case "", ".":
+			continue
+		case "..":
+			done = path.Dir(done)
+			continue
+		}
+		next := path.Join(done, name)
+		if !last && !named(todo) {
+			return next, nil
+		}
+		link, _, err := r.lstat(next)
+		if err != nil {
+			return "", err
+		}
+		if !link {
+			done = next
+			continue
+		}
+		if links++; links > maxLinks {
+			return "", fmt.Errorf("%s: %w", p, errLinks)
+		}
+		target, err := r.readLink(next)
+		if err != nil {
+			return "", err
+		}
+		if strings.HasPrefix(target, "/") {
+			done = "."
+		}
+		todo = append(strings.Split(target, "/"), todo...)
+	}
+	return done, nil
+}
+
+// named reports whether a component is left that is a name.
+func named(todo []string) bool {
+	for _, name := range todo {
+		if name != "" && name != "." {
+			return true
+		}
+	}
+	return false
+}
+
+// resolve follows the links of p inside o; what is missing stays as written.
+func (o *origin) resolve(p string, last bool) (string, error) {
+	r := resolver{
+		lstat: func(name string) (bool, bool, error) {
+			fi, err := lstat(o.fs, name)
+			if errors.Is(err, fs.ErrNotExist) || isNotDir(err) {
+				return false, false, nil
+			}
+			if err != nil {
+				return false, false, err
+			}
+			return fi.Mode()&fs.ModeSymlink != 0, true, nil
+		},
+		readLink: func(name string) (string, error) { return fs.ReadLink(o.fs, name) },
+	}
+	return r.resolve(p, last)
+}
+
+// isNotDir reports whether err says that a component of a path is no directory, for which io/fs has no error value.
+func isNotDir(err error) bool {
+	return err != nil && strings.HasSuffix(err.Error(), "not a directory")
+}

@@ -1,0 +1,384 @@
+package builder
+
+import (
+	"cmp"
+	"context"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"path"
+	"runtime"
+	"slices"
+	"strconv"
+	"strings"
+
+	"github.com/moby/patternmatcher"
+	"github.com/opencontainers/go-digest"
+	"golang.org/x/sync/errgroup"
+
+	"filo/layer"
+)
+
+// picked is one source of a copy after wildcards and links: a file, or a directory with all below it.
+type picked struct {
+	open     func(name string) (io.ReadCloser, error) // opens a regular file by its path in the origin
+	name     string                                   // base name under which it was asked for
+	root     string                                   // path in the origin
+	contents bool                                     // of a directory only the contents are meant, not the directory itself
+	unpack   bool                                     // an archive is to be unpacked
+	made     bool                                     // it has no time of its own
+	files    []file                                   // the root first
+}
+
+// file is one file of a picked source; Path is relative to its root, "." for the root.
+type file struct {
+	layer.Entry
+	inode string // equal for hard links of each other; "" for a file with one name
+}
+
+// isDir reports whether the source is a directory.
+func (p *picked) isDir() bool { return p.files[0].Type == layer.Dir }
+
+// selection is what a copy wants of one origin.
+type selection struct {
+	path     string   // path or pattern as written
+	parents  bool     // --parents
+	exclude  []string // patterns
+	contents bool
+	unpack   bool
+}
+
+// pick finds what s selects in o. A path that is missing is an error, a pattern without a match is not.
+func (o *origin) pick(ctx context.Context, s selection) ([]picked, error) {
+	exclude, err := matcher(s.exclude)
+	if err != nil {
+		return nil, fmt.Errorf("--exclude: %w", err)
+	}
+	if s.parents {
+		return o.pickParents(ctx, s, exclude)
+	}
+	matches, err := o.glob(clean(s.path))
+	if err != nil {
+		return nil, err
+	}
+	var out []picked
+	for _, m := range matches {
+		p := picked{open: o.open, name: path.Base(m), contents: s.contents, unpack: s.unpack}
+		if p.root, err = o.resolve(m, true); err != nil {
+			return nil, err
+		}
+		w := walker{ctx: ctx, origin: o, exclude: exclude, top: p.name}
+		if p.files, err = w.walk(p.root); err != nil {
+			return nil, missing(m, err)
+		}
+		if len(p.files) > 0 {
+			out = append(out, p)
+		}
+	}
+	return out, o.digestAll(ctx, out)
+}
+
+// pickParents picks for --parents: everything below a pivot that the pattern names, with the directories above it.
+func (o *origin) pickParents(ctx context.Context, s selection, exclude *patternmatcher.PatternMatcher) ([]picked, error) {
+	pivot, pattern, ok := strings.Cut(s.path, "/./")
+	if !ok {
+		pivot, pattern = "/", s.path
+	}
+	pattern = strings.TrimPrefix(path.Join("/", pattern), "/")
+	literal := !hasMeta(pivot) && !hasMeta(pattern)
+	if literal {
+		full, err := o.resolve(path.Join("/", pivot, pattern), true)
+		if err == nil {
+			_, err = lstat(o.fs, full)
+		}
+		if err != nil {
+			return nil, missing(path.Join("/", pivot, pattern), err)
+		}
+	}
+	include, err := matcher([]string{cmp.Or(pattern, "**")})
+	if err != nil {
+		return nil, err
+	}
+	pivots, err := o.glob(clean(pivot))
+	if err != nil {
+		return nil, err
+	}
+	var out []picked
+	for _, m := range pivots {
+		p := picked{open: o.open, name: path.Base(m), contents: true}
+		if p.root, err = o.resolve(m, true); err != nil {
+			return nil, err
+		}
+		w := walker{ctx: ctx, origin: o, exclude: exclude, include: include}
+		if p.files, err = w.walk(p.root); err != nil {
+			return nil, missing(m, err)
+		}
+		out = append(out, p)
+	}
+	return out, o.digestAll(ctx, out)
+}
+
+// clean makes p a rooted path that does not climb above the root.
+func clean(p string) string { return path.Join("/", p) }
+
+// missing words err for a source that is not there as BuildKit does.
+func missing(p string, err error) error {
+	if errors.Is(err, fs.ErrNotExist) || isNotDir(err) {
+		return fmt.Errorf("%q: %w", clean(p), errNotFound)
+	}
+	return err
+}
+
+var errNotFound = errors.New("not found")
+
+// glob expands a rooted pattern. From the first component with a wildcard on, path.Match is applied to the whole rest;
+// what matches is not looked into.
+func (o *origin) glob(pattern string) ([]string, error) {
+	parts := strings.Split(strings.TrimPrefix(pattern, "/"), "/")
+	i := slices.IndexFunc(parts, hasMeta)
+	if i < 0 {
+		return []string{pattern}, nil
+	}
+	dir, err := o.resolve(path.Join(parts[:i]...), true)
+	if err != nil {
+		return nil, err
+	}
+	rest := parts[i:]
+	if _, err := path.Match(path.Join(rest...), ""); err != nil {
+		return nil, fmt.Errorf("pattern %s: %w", pattern, err)
+	}
+	var out []string
+	if err := o.match(dir, rest, &out); err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+// match appends what in dir matches parts. A link in the middle is not followed.
+func (o *origin) match(dir string, parts []string, out *[]string) error {
+	fi, err := lstat(o.fs, dir)
+	if errors.Is(err, fs.ErrNotExist) || err == nil && !fi.IsDir() {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	entries, err := fs.ReadDir(o.fs, dir)
+	if err != nil {
+		return err
+	}
+	for _, e := range entries {
+		if ok, _ := path.Match(parts[0], e.Name()); !ok {
+			continue
+		}
+		p := path.Join(dir, e.Name())
+		if len(parts) == 1 {
+			*out = append(*out, p)
+		} else if e.IsDir() {
+			if err := o.match(p, parts[1:], out); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// hasMeta reports whether p has a wildcard that no backslash escapes. As in BuildKit a lone backslash is none.
+func hasMeta(p string) bool {
+	for i := 0; i < len(p); i++ {
+		switch p[i] {
+		case '\\':
+			i++
+		case '*', '?', '[':
+			return true
+		}
+	}
+	return false
+}
+
+func matcher(patterns []string) (*patternmatcher.PatternMatcher, error) {
+	if len(patterns) == 0 {
+		return nil, nil
+	}
+	return patternmatcher.New(patterns)
+}
+
+// walker lists a tree of an origin, filtered.
+type walker struct {
+	ctx     context.Context
+	origin  *origin
+	exclude *patternmatcher.PatternMatcher
+	include *patternmatcher.PatternMatcher
+	top     string // name that exclude sees of a root that is no directory: patterns are relative to a directory
+	files   []file
+}
+
+// match is what the patterns said of a directory, so that they are not asked again for what it holds.
+type match struct{ include, exclude patternmatcher.MatchInfo }
+
+// walk lists root and all below it in canonical order; nothing if root itself is excluded.
+func (w *walker) walk(root string) ([]file, error) {
+	if err := w.add(root, "."); err != nil {
+		return nil, err
+	}
+	if w.exclude != nil && w.top != "" && w.files[0].Type != layer.Dir {
+		if out, err := w.exclude.MatchesOrParentMatches(w.top); err != nil || out {
+			return nil, err
+		}
+	}
+	if w.files[0].Type == layer.Dir {
+		if err := w.dir(root, ".", match{}, nil); err != nil {
+			return nil, err
+		}
+	}
+	return w.files, nil
+}
+
+func (w *walker) add(name, rel string) error {
+	e, inode, err := w.origin.entryOf(name)
+	if err != nil {
+		return err
+	}
+	e.Path = rel
+	w.files = append(w.files, file{e, inode})
+	return nil
+}
+
+// dir lists what is in name. held are the directories above that are not listed yet, since nothing in them was wanted
+// so far; they come before the first file that is.
+func (w *walker) dir(name, rel string, above match, held []string) error {
+	if err := w.ctx.Err(); err != nil {
+		return err
+	}
+	entries, err := fs.ReadDir(w.origin.fs, name)
+	if err != nil {
+		return err
+	}
+	slices.SortFunc(entries, func(a, b fs.DirEntry) int { return strings.Compare(a.Name(), b.Name()) })
+	for _, e := range entries {
+		p := path.Join(rel, e.Name())
+		wanted, below, m, err := w.wants(p, above)
+		if err != nil {
+			return err
+		}
+		full := path.Join(name, e.Name())
+		if wanted {
+			for _, h := range held {
+				if err := w.add(path.Join(strings.TrimSuffix(name, rel), h), h); err != nil {
+					return err
+				}
+			}
+			held = nil
+			if err := w.add(full, p); err != nil {
+				return err
+			}
+		}
+		if !e.IsDir() || !below {
+			continue
+		}
+		n := len(w.files)
+		sub := held
+		if !wanted {
+			sub = append(slices.Clone(held), p)
+		}
+		if err := w.dir(full, p, m, sub); err != nil {
+			return err
+		}
+		if len(w.files) > n {
+			held = nil
+		}
+	}
+	return nil
+}
+
+// wants reports whether p is wanted, and whether something below it may be.
+func (w *walker) wants(p string, above match) (wanted, below bool, m match, err error) {
+	wanted, below = true, true
+	if w.include != nil {
+		if wanted, m.include, err = w.include.MatchesUsingParentResults(p, above.include); err != nil {
+			return false, false, m, err
+		}
+	}
+	if w.exclude != nil {
+		var out bool
+		if out, m.exclude, err = w.exclude.MatchesUsingParentResults(p, above.exclude); err != nil {
+			return false, false, m, err
+		}
+		if out {
+			wanted, below = false, w.exclude.Exclusions()
+		}
+	}
+	return wanted, below, m, nil
+}
+
+// digestAll sets the digests that are not known, hashing side by side.
+func (o *origin) digestAll(ctx context.Context, all []picked) error {
+	g, ctx := errgroup.WithContext(ctx)
+	g.SetLimit(runtime.GOMAXPROCS(0))
+	for _, p := range all {
+		for i := range p.files {
+			f := &p.files[i]
+			if f.Type != layer.Regular || f.Digest != "" {
+				continue
+			}
+			if ctx.Err() != nil {
+				break
+			}
+			name := path.Join(p.root, f.Path)
+			g.Go(func() (err error) {
+				f.Digest, err = o.digest(name)
+				return err
+			})
+		}
+	}
+	return g.Wait()
+}
+
+// digest names the content of a picked source as far as it reaches the image: not times; owners and modes only if keep
+// says so.
+func (p *picked) digest(keepOwner, keepMode bool) digest.Digest {
+	h := sha256.New()
+	fmt.Fprintf(h, "%q %v %v\n", p.name, p.contents, p.unpack)
+	inodes := map[string]int{}
+	var b []byte
+	for i, f := range p.files {
+		b = strconv.AppendQuote(b[:0], f.Path)
+		b = append(b, ' ', byte(f.Type))
+		if keepMode && !(i == 0 && f.Type == layer.Dir) {
+			b = strconv.AppendUint(append(b, " m"...), uint64(f.Mode), 8)
+		}
+		if keepOwner {
+			b = strconv.AppendInt(append(b, " o"...), int64(f.UID), 10)
+			b = strconv.AppendInt(append(b, ':'), int64(f.GID), 10)
+		}
+		b = append(append(b, ' '), f.Digest...)
+		b = strconv.AppendQuote(append(b, ' '), f.Link)
+		if f.Type == layer.Char || f.Type == layer.Block {
+			b = fmt.Appendf(b, " %d:%d", f.Major, f.Minor)
+		}
+		for _, k := range sortedKeys(f.Xattrs) {
+			b = fmt.Appendf(b, " %q=%q", k, f.Xattrs[k])
+		}
+		if f.inode != "" {
+			n, ok := inodes[f.inode]
+			if !ok {
+				n = len(inodes)
+				inodes[f.inode] = n
+			}
+			b = fmt.Appendf(b, " #%d", n)
+		}
+		h.Write(append(b, '\n'))
+	}
+	return digest.NewDigest(digest.SHA256, h)
+}
+
+func sortedKeys[V any](m map[string]V) []string {
+	keys := make([]string, 0, len(m))
+	for k := range m {
+		keys = append(keys, k)
+	}
+	slices.Sort(keys)
+	return keys
+}

@@ -1,0 +1,378 @@
+package builder
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"math"
+	"runtime"
+	"slices"
+	"time"
+
+	"github.com/containerd/platforms"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"golang.org/x/sync/errgroup"
+
+	"filo/builder/image"
+	"filo/cache"
+	"filo/dockerfile"
+	"filo/layer"
+	"filo/layer/registry"
+)
+
+// walk builds the stages of one Dockerfile for one platform.
+type walk struct {
+	*build
+	platform ocispec.Platform
+	file     *dockerfile.File
+	target   *dockerfile.Stage
+	stages   *once[*dockerfile.Stage, *stageRun]
+	ship     func(layer.Layer) // compresses a layer of the result while later steps run
+}
+
+// stageRun is a stage on its way, or done.
+type stageRun struct {
+	stage    *dockerfile.Stage
+	platform ocispec.Platform
+	config   dockerfile.Config
+	layers   []layer.Layer
+	history  []ocispec.History
+	created  *time.Time // of the newest layer; nil for none
+	osFields ocispec.Platform
+	epoch    *int64
+	fresh    bool // steps are done whatever the cache has
+	ships    bool // its layers are the result's
+	steps    []dockerfile.Step
+	next     int    // index of the step being done
+	prefix   string // platform before the stage's name, in vertices
+	base     string // title of the vertex of the base; "" where there is none
+	index    int    // number of the last vertex
+	total    int    // how many vertices the stage has
+}
+
+// run builds every platform and waits for all.
+func (b *build) run(ctx context.Context) (Result, error) {
+	wanted := b.req.Platforms
+	if len(wanted) == 0 {
+		wanted = []ocispec.Platform{platforms.Normalize(platforms.DefaultSpec())}
+	}
+	images := make([]*image.Image, len(wanted))
+	walks := make([]*walk, len(wanted))
+	g, gctx := errgroup.WithContext(ctx)
+	for i, p := range wanted {
+		var err error
+		if walks[i], err = b.parse(p); err != nil {
+			return Result{}, err
+		}
+	}
+	for i, w := range walks {
+		g.Go(func() (err error) {
+			images[i], err = w.result(gctx)
+			return err
+		})
+	}
+	err := g.Wait()
+	for _, f := range b.files.all() {
+		err = errors.Join(err, f.Save())
+	}
+	return Result{Images: images, Warnings: walks[0].file.Warnings}, err
+}
+
+// parse reads the Dockerfile for platform p.
+func (b *build) parse(p ocispec.Platform) (*walk, error) {
+	f, err := dockerfile.Parse(bytes.NewReader(b.req.File), dockerfile.Args{
+		Name: b.req.FileName, Build: b.req.Args, Labels: b.req.Labels, Target: b.req.Target, Epoch: b.req.Epoch,
+		BuildPlatform: platforms.Normalize(platforms.DefaultSpec()), TargetPlatform: p, Contexts: sortedKeys(b.req.Named),
+	})
+	if err != nil {
+		return nil, err
+	}
+	return &walk{build: b, platform: p, file: f, stages: newOnce[*dockerfile.Stage, *stageRun]()}, nil
+}
+
+// result builds the target with all it needs, each stage as soon as what it needs is there.
+func (w *walk) result(ctx context.Context) (*image.Image, error) {
+	stages, err := w.file.Plan(w.req.Target)
+	if err != nil {
+		return nil, err
+	}
+	w.target = stages[len(stages)-1]
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	blobs, bctx := errgroup.WithContext(ctx)
+	blobs.SetLimit(runtime.GOMAXPROCS(0))
+	w.ship = func(l layer.Layer) {
+		blobs.Go(func() error {
+			_, err := w.Store.Blob(bctx, l, *w.req.Ships, false)
+			return err
+		})
+	}
+	g, gctx := errgroup.WithContext(bctx)
+	for _, s := range stages {
+		g.Go(func() error {
+			_, err := w.stage(gctx, s)
+			return err
+		})
+	}
+	if err = g.Wait(); err != nil {
+		cancel()
+	}
+	if berr := blobs.Wait(); err == nil || errors.Is(err, context.Canceled) && berr != nil {
+		err = berr
+	}
+	if err != nil {
+		return nil, err
+	}
+	r, err := w.stage(ctx, w.target)
+	if err != nil {
+		return nil, err
+	}
+	return r.image(), nil
+}
+
+// stage returns s built. Everybody who needs it waits for the one who builds it.
+func (w *walk) stage(ctx context.Context, s *dockerfile.Stage) (*stageRun, error) {
+	return w.stages.do(ctx, s, func() (*stageRun, error) {
+		r, err := w.from(ctx, s)
+		if err != nil {
+			return nil, err
+		}
+		if r.steps, err = s.Steps(r.config, r.platform); err != nil {
+			return nil, err
+		}
+		w.announce(r)
+		for i, st := range r.steps {
+			r.next = i
+			if err := w.step(ctx, r, st); err != nil {
+				return nil, err
+			}
+		}
+		return r, nil
+	})
+}
+
+// from returns the stage s with its base and nothing else.
+func (w *walk) from(ctx context.Context, s *dockerfile.Stage) (*stageRun, error) {
+	r := &stageRun{stage: s, platform: w.platform, epoch: w.req.Epoch, fresh: w.isFresh(s), ships: w.isShipped(s)}
+	if s.Platform != nil {
+		r.platform = *s.Platform
+	}
+	r.osFields = r.platform
+	if len(w.req.Platforms) > 1 || w.req.MultiPlatform {
+		r.prefix = platforms.FormatAll(w.platform)
+	}
+	switch {
+	case s.Base.Stage != nil:
+		base, err := w.stage(ctx, s.Base.Stage)
+		if err != nil {
+			return nil, err
+		}
+		r.config, r.layers, r.history, r.created, r.osFields = base.config, base.layers, base.history, base.created, base.osFields
+		if s.Platform == nil {
+			r.platform = base.platform
+		}
+		return r, nil
+	case s.Base.Name == "scratch":
+		return r, nil
+	}
+	return r, w.fromImage(ctx, s, r)
+}
+
+// fromImage puts an image, or the files of a named context, under r.
+func (w *walk) fromImage(ctx context.Context, s *dockerfile.Stage, r *stageRun) error {
+	if n, ok := w.req.Named[s.Base.Name]; ok && n.Image == nil {
+		of, err := w.origin(ctx, s.Base)
+		if err != nil {
+			return w.file.LocateStage(s, err)
+		}
+		return w.fromFiles(ctx, of, r)
+	}
+	img, err := w.image(ctx, s.Base.Name, r.platform)
+	if err != nil {
+		return w.file.LocateStage(s, err)
+	}
+	r.config = dockerfile.Config{DockerOCIImageConfig: img.Config.Config, Author: img.Config.Author}
+	r.layers, r.history, r.created = img.Layers, img.Config.History, img.Config.Created
+	r.osFields.OSVersion, r.osFields.OSFeatures = img.Config.OSVersion, img.Config.OSFeatures
+	r.osFields.OS, r.osFields.Architecture, r.osFields.Variant = img.Config.OS, img.Config.Architecture, img.Config.Variant
+	r.base = s.Title()
+	if img.Digest != "" {
+		r.base += "@" + img.Digest.String()
+	}
+	return nil
+}
+
+// image resolves an image once per build and platform.
+func (w *walk) image(ctx context.Context, name string, p ocispec.Platform) (*image.Image, error) {
+	return w.bases.do(ctx, baseKey{name, platforms.FormatAll(p)}, func() (*image.Image, error) {
+		if n, ok := w.req.Named[name]; ok && n.Image != nil {
+			v := w.start("[context %s] load metadata for %s", name, n.Text)
+			img, err := n.Image(ctx, p)
+			return img, v.end(ctx, err)
+		}
+		v := w.start("[internal] load metadata for %s", familiar(name))
+		mode := image.PullMissing
+		if w.req.Pull {
+			mode = image.PullAlways
+		}
+		img, err := image.Pull(ctx, w.Store, w.Registry, name, p, mode)
+		return img, v.end(ctx, err)
+	})
+}
+
+// familiar is an image reference in full, as progress shows it.
+func familiar(name string) string {
+	if full, err := registry.Normalize(name); err == nil {
+		return full
+	}
+	return name
+}
+
+// baseKey names a base image of a build.
+type baseKey struct{ name, platform string }
+
+// layered is an origin and the layers it is made of; they are nil where files are in no layer.
+type layered struct {
+	origin
+	layers []layer.Layer
+}
+
+// origin returns what ref names.
+func (w *walk) origin(ctx context.Context, ref dockerfile.Ref) (*layered, error) {
+	if ref.Stage != nil {
+		r, err := w.stage(ctx, ref.Stage)
+		if err != nil {
+			return nil, err
+		}
+		return w.viewed(ctx, r.layers)
+	}
+	if ref.Name == "" {
+		return w.directory(ctx, w.req.Context, w.req.Root)
+	}
+	if n, ok := w.req.Named[ref.Name]; ok && n.Image == nil {
+		return w.directory(ctx, n.FS, n.Root)
+	}
+	if ref.Name == "scratch" {
+		return w.viewed(ctx, nil)
+	}
+	img, err := w.image(ctx, ref.Name, w.platform)
+	if err != nil {
+		return nil, err
+	}
+	return w.viewed(ctx, img.Layers)
+}
+
+func (w *walk) viewed(ctx context.Context, layers []layer.Layer) (*layered, error) {
+	v, err := w.Store.View(ctx, layers)
+	if err != nil {
+		return nil, err
+	}
+	return &layered{origin{fs: v, view: v}, slices.Concat([]layer.Layer{}, layers)}, nil
+}
+
+func (w *walk) directory(ctx context.Context, fsys fs.FS, root string) (*layered, error) {
+	if fsys == nil {
+		return w.viewed(ctx, nil)
+	}
+	if root == "" {
+		return &layered{origin: origin{fs: fsys}}, nil
+	}
+	files, err := w.files.do(ctx, root, func() (*cache.Files, error) { return w.Cache.Files(root), nil })
+	return &layered{origin: origin{fs: fsys, files: files}}, err
+}
+
+// fromFiles makes a layer of all files of a named context and puts it under r.
+func (w *walk) fromFiles(ctx context.Context, of *layered, r *stageRun) error {
+	source, err := of.pick(ctx, selection{path: "/", contents: true})
+	if err != nil {
+		return err
+	}
+	key, err := keyOf(struct{ From string }{"files"}, source[0].digest(true, true))
+	if err != nil {
+		return err
+	}
+	m, err := w.remembered(ctx, key, false, func(ctx context.Context, created int64) (layer.Layer, error) {
+		p := newPlan(nil, created)
+		if err := p.copy(&source[0], "/", attributes{}); err != nil {
+			return layer.Layer{}, err
+		}
+		return w.create(ctx, p, layer.Sinks{Tree: true, Epoch: w.req.Epoch})
+	})
+	if err != nil {
+		return err
+	}
+	r.add(dockerfile.Step{Config: r.config}, &m.layer, m.created)
+	return nil
+}
+
+// isFresh reports whether the steps of s are done whatever the cache has.
+func (w *walk) isFresh(s *dockerfile.Stage) bool {
+	return w.req.NoCache || s.Name != "" && slices.Contains(w.req.NoCacheFilter, s.Name)
+}
+
+// isShipped reports whether the layers of s are in the result.
+func (w *walk) isShipped(s *dockerfile.Stage) bool {
+	for t := w.target; t != nil; t = t.Base.Stage {
+		if t == s {
+			return w.req.Ships != nil
+		}
+	}
+	return false
+}
+
+// sinks says where the layer of a COPY or WORKDIR goes: to a tree if a RUN follows in its stage or nobody ships it,
+// else straight to the blob that leaves.
+func (w *walk) sinks(r *stageRun, st dockerfile.Step) layer.Sinks {
+	runs := slices.ContainsFunc(r.steps[r.next:], func(st dockerfile.Step) bool {
+		_, ok := st.Op.(*dockerfile.Run)
+		return ok
+	})
+	if runs || !r.ships {
+		return layer.Sinks{Tree: true, Epoch: w.req.Epoch}
+	}
+	return layer.Sinks{Blob: w.req.Ships, Epoch: w.req.Epoch}
+}
+
+// announce counts the vertices of the stage, of which a base image is one, and shows that one.
+func (w *walk) announce(r *stageRun) {
+	for _, st := range r.steps {
+		if st.Op != nil {
+			r.total++
+		}
+	}
+	if r.base == "" {
+		return
+	}
+	r.total++
+	w.start("%s", r.vertexName(r.base)).emit(Event{State: Cached})
+}
+
+// vertexName is the name of the next vertex of the stage.
+func (r *stageRun) vertexName(text string) string {
+	r.index++
+	out := "["
+	if r.prefix != "" {
+		out += r.prefix + " "
+	}
+	if label := r.stage.Label(); label != "" {
+		out += label + " "
+	}
+	return out + fmt.Sprintf("%*d/%d] ", 1+int(math.Log10(float64(r.total))), r.index, r.total) + text
+}
+
+func (r *stageRun) platformName() string { return platforms.FormatAll(r.platform) }
+
+// image is the stage as an image.
+func (r *stageRun) image() *image.Image {
+	img := &image.Image{Layers: r.layers}
+	img.Config.Platform = r.osFields
+	img.Config.Author, img.Config.Config = r.config.Author, r.config.DockerOCIImageConfig
+	img.Config.History, img.Config.Created = r.history, r.created
+	if r.epoch != nil {
+		t := time.Unix(*r.epoch, 0).UTC()
+		img.Config.Created = &t
+	}
+	return img
+}

@@ -1,0 +1,204 @@
+package builder
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"filo/cache"
+	"filo/dockerfile"
+	"filo/layer"
+)
+
+// task is an op with everything it reads found: what keys it and what does it.
+type task struct {
+	op     any             // for the key
+	inputs []digest.Digest // for the key, after the chain ID of the layers below
+	alone  bool            // the layers below do not count: COPY --link
+	do     func(ctx context.Context, v *vertex, created int64) (layer.Layer, error)
+	close  func() error
+}
+
+// step does one step of a stage, or finds what it made before. What changed under the build while it was read makes
+// it start over, once.
+func (w *walk) step(ctx context.Context, r *stageRun, st dockerfile.Step) error {
+	if st.Op == nil {
+		r.add(st, nil, 0)
+		return nil
+	}
+	v := w.start("%s", r.vertexName(st.Text))
+	err := w.try(ctx, r, st, v)
+	if errors.Is(err, layer.ErrChanged) {
+		err = w.try(ctx, r, st, v)
+	}
+	if errors.Is(err, layer.ErrChanged) {
+		err = fmt.Errorf("%w: files changed while the build read them, twice: build again when nothing writes to the context", err)
+	}
+	if err != nil {
+		return v.end(ctx, w.file.Locate(st, err))
+	}
+	return nil
+}
+
+// try keys a step, gets its layer or does it, and puts it on the stage.
+func (w *walk) try(ctx context.Context, r *stageRun, st dockerfile.Step, v *vertex) error {
+	t, err := w.prepared(ctx, r, st)
+	if err != nil {
+		return err
+	}
+	defer t.close()
+	inputs := t.inputs
+	if !t.alone {
+		inputs = append([]digest.Digest{layer.ChainID(r.layers)}, inputs...)
+	}
+	key, err := keyOf(t.op, inputs...)
+	if err != nil {
+		return err
+	}
+	w.explain(v, key, t.op, inputs)
+	m, err := w.remembered(ctx, key, r.fresh, func(ctx context.Context, created int64) (layer.Layer, error) {
+		return t.do(ctx, v, created)
+	})
+	if err != nil {
+		return err
+	}
+	r.add(st, &m.layer, m.created)
+	if r.ships {
+		w.ship(m.layer)
+	}
+	if m.hit {
+		v.emit(Event{State: Cached})
+		return nil
+	}
+	return v.end(ctx, nil)
+}
+
+// prepared finds all that a step reads.
+func (w *walk) prepared(ctx context.Context, r *stageRun, st dockerfile.Step) (task, error) {
+	below, sinks := r.layers, w.sinks(r, st)
+	switch op := st.Op.(type) {
+	case *dockerfile.Run:
+		return w.preparedRun(ctx, r, op)
+	case *dockerfile.Copy:
+		c, err := w.find(ctx, op)
+		if err != nil {
+			return task{}, errors.Join(err, c.Close())
+		}
+		k, inputs := c.key(w.req.Epoch)
+		return task{op: k, inputs: inputs, alone: c.link(), close: c.Close,
+			do: func(ctx context.Context, v *vertex, created int64) (layer.Layer, error) {
+				return w.copy(ctx, c, below, created, sinks)
+			}}, nil
+	case *dockerfile.Mkdir:
+		k := struct {
+			Mkdir, User string
+			Epoch       *int64 `json:",omitempty"`
+		}{op.Path, op.User, w.req.Epoch}
+		return task{op: k, close: func() error { return nil },
+			do: func(ctx context.Context, v *vertex, created int64) (layer.Layer, error) {
+				return w.mkdir(ctx, op, below, created, sinks)
+			}}, nil
+	}
+	panic(fmt.Sprintf("unknown op %T", st.Op))
+}
+
+func (w *walk) preparedRun(ctx context.Context, r *stageRun, op *dockerfile.Run) (task, error) {
+	if err := w.allowed(op); err != nil {
+		return task{}, err
+	}
+	run, err := w.prepare(ctx, op)
+	if err != nil {
+		return task{}, err
+	}
+	var inputs []digest.Digest
+	below := r.layers
+	return task{op: w.runKey(run, r.platformName()), inputs: inputs, close: func() error { return nil },
+		do: func(ctx context.Context, v *vertex, created int64) (layer.Layer, error) {
+			return w.run(ctx, v, run, below)
+		}}, nil
+}
+
+// keyOf returns the key of op with inputs. The chain of keys is that of the layers' digests: see package cache.
+func keyOf(op any, inputs ...digest.Digest) (cache.Key, error) {
+	return cache.Key("").Next(op, inputs...)
+}
+
+// memory is a layer that a step made, now or before.
+type memory struct {
+	layer   layer.Layer
+	created int64
+	hit     bool
+}
+
+// remembered returns the layer kept under key, or makes it with do and keeps it. Of several that want the same layer,
+// in this process or others, one makes it. fresh makes it in any case.
+func (w *walk) remembered(ctx context.Context, key cache.Key, fresh bool, do func(context.Context, int64) (layer.Layer, error)) (memory, error) {
+	if m, ok := w.recall(key); ok && !fresh {
+		return m, nil
+	}
+	unlock, err := w.Store.Lock(ctx, "step-"+digest.Digest(key).Encoded())
+	if err != nil {
+		return memory{}, err
+	}
+	defer unlock()
+	if m, ok := w.recall(key); ok && !fresh {
+		return m, nil
+	}
+	created := w.Now().Unix()
+	l, err := do(ctx, created)
+	if err != nil {
+		return memory{}, err
+	}
+	if err := w.Cache.Put(key, cache.Record{Layer: l.DiffID, Created: created}); err != nil {
+		w.warn("cache: %v", err) // the build is right without it
+	}
+	return memory{layer: l, created: created}, nil
+}
+
+// recall looks key up. Whatever is wrong with a record or its layer makes it a miss.
+func (w *walk) recall(key cache.Key) (memory, bool) {
+	rec, err := w.Cache.Get(key)
+	if err != nil {
+		if !errors.Is(err, fs.ErrNotExist) {
+			w.warn("cache: %v", err)
+		}
+		return memory{}, false
+	}
+	l := layer.Layer{DiffID: rec.Layer}
+	if !w.Store.Has(l) {
+		return memory{}, false
+	}
+	w.Cache.Touch(key)
+	return memory{layer: l, created: rec.Created, hit: true}, true
+}
+
+// explain tells who asked what went into a key.
+func (w *walk) explain(v *vertex, key cache.Key, op any, inputs []digest.Digest) {
+	if w.req.Explain != nil {
+		w.req.Explain(v.name, fmt.Sprintf("%s %+v %v", key, op, inputs))
+	}
+}
+
+// add puts what a step did on the stage: its config, its history entry and, if it made one, its layer.
+func (r *stageRun) add(st dockerfile.Step, l *layer.Layer, created int64) {
+	r.config = st.Config
+	if l != nil {
+		r.layers = append(r.layers[:len(r.layers):len(r.layers)], *l)
+		if r.epoch != nil {
+			created = *r.epoch
+		}
+		t := time.Unix(created, 0).UTC()
+		r.created = &t
+	}
+	if st.History == "" {
+		return
+	}
+	r.history = append(r.history[:len(r.history):len(r.history)], ocispec.History{
+		Created: r.created, CreatedBy: st.History, Comment: "buildkit.dockerfile.v0", EmptyLayer: l == nil,
+	})
+}

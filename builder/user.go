@@ -1,0 +1,120 @@
+package builder
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"strconv"
+	"strings"
+
+	"github.com/moby/sys/user"
+
+	"filo/layer"
+)
+
+// accounts are the users and groups of a root filesystem, as text of /etc/passwd and /etc/group.
+type accounts struct{ passwd, group []byte }
+
+// maxAccounts bounds how much of /etc/passwd and /etc/group is read: the files are the image's, so anybody's.
+const maxAccounts = 16 << 20
+
+// readAccounts reads the accounts of v. A file that is missing is empty.
+func readAccounts(v *layer.View) (accounts, error) {
+	passwd, err := readSmall(v, "etc/passwd")
+	if err != nil {
+		return accounts{}, err
+	}
+	group, err := readSmall(v, "etc/group")
+	return accounts{passwd, group}, err
+}
+
+func readSmall(v *layer.View, name string) ([]byte, error) {
+	if v == nil {
+		return nil, nil
+	}
+	resolved, err := v.Resolve(name, true)
+	if err != nil {
+		return nil, fmt.Errorf("read /%s of the image: %w", name, err)
+	}
+	if e, ok := v.Entry(resolved); !ok || e.Type != layer.Regular {
+		return nil, nil
+	}
+	f, err := v.Open(resolved)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("read /%s of the image: %w", name, err)
+	}
+	defer f.Close()
+	return io.ReadAll(io.LimitReader(f, maxAccounts))
+}
+
+// account is who a process runs as.
+type account struct {
+	owner
+	groups []int
+	home   string
+}
+
+// lookup finds the account that a USER instruction names: a name or number, with or without a group. An unknown
+// number is a user with group 0 and home /; an unknown name is an error.
+func (a accounts) lookup(spec string) (account, error) {
+	defaults := &user.ExecUser{Home: "/"}
+	u, err := user.GetExecUser(spec, defaults, bytes.NewReader(a.passwd), bytes.NewReader(a.group))
+	name, group, _ := strings.Cut(spec, ":")
+	if err != nil && name == "root" && group == "" { // root needs no entry to be 0
+		u, err = &user.ExecUser{Home: "/root"}, nil
+	}
+	if err != nil {
+		return account{}, fmt.Errorf("USER %s: %w", spec, err)
+	}
+	home := u.Home
+	if home == "" {
+		home = "/"
+	}
+	return account{owner{u.Uid, u.Gid}, u.Sgids, home}, nil
+}
+
+// chown finds the owner that --chown names. A number alone is user and group; a name alone brings its primary group;
+// a group alone leaves the user 0. Unknown names are errors.
+func (a accounts) chown(spec string) (owner, error) {
+	name, group, hasGroup := strings.Cut(spec, ":")
+	var o owner
+	if id, ok := number(name); ok {
+		o = owner{id, id}
+	} else if name != "" {
+		u, err := a.lookup(name)
+		if err != nil {
+			return o, fmt.Errorf("--chown=%s: no user %q in the image's /etc/passwd", spec, name)
+		}
+		o = u.owner
+	}
+	if !hasGroup || group == "" {
+		return o, nil
+	}
+	if id, ok := number(group); ok {
+		o.gid = id
+		return o, nil
+	}
+	groups, err := user.ParseGroupFilter(bytes.NewReader(a.group), func(g user.Group) bool { return g.Name == group })
+	if err != nil {
+		return o, fmt.Errorf("--chown=%s: %w", spec, err)
+	}
+	if len(groups) == 0 {
+		if group == "root" {
+			o.gid = 0
+			return o, nil
+		}
+		return o, fmt.Errorf("--chown=%s: no group %q in the image's /etc/group", spec, group)
+	}
+	o.gid = groups[0].Gid
+	return o, nil
+}
+
+func number(s string) (int, bool) {
+	n, err := strconv.ParseUint(s, 10, 32)
+	return int(n), err == nil
+}

@@ -1,0 +1,146 @@
+package cache
+
+import (
+	"bufio"
+	"bytes"
+	"crypto/sha256"
+	"encoding/binary"
+	"encoding/hex"
+	"errors"
+	"io"
+	"os"
+	"path/filepath"
+	"sync"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+
+	"filo/layer/rootfs"
+)
+
+// margin is how much older than its record a file's change time must be: a file changed again within one tick of the
+// file system's clock looks unchanged to stat (git's racy rule). Two seconds is the coarsest clock in use (FAT, NFS).
+const margin = 2 * time.Second
+
+// filesMagic starts a file of remembered digests and names its form: after it the SHA-256 of the rest, then records
+// of a path (uvarint length, bytes) and [remembered] in little endian.
+const filesMagic = "filo files 1\n"
+
+// Files remembers the digests of one directory's files by what stat says of them. It is safe for concurrent use.
+type Files struct {
+	s       *Store
+	path    string
+	mu      sync.Mutex
+	known   map[string]remembered
+	changed bool
+}
+
+// remembered is what was seen of a file when it was hashed.
+type remembered struct {
+	Size, Dev, Ino      int64
+	Mtime, Ctime, Noted int64 // nanoseconds since the epoch
+	Sum                 [sha256.Size]byte
+}
+
+// Files opens what is remembered of the directory root, named by its absolute path. What cannot be read is nothing.
+func (s *Store) Files(root string) *Files {
+	sum := sha256.Sum256([]byte(root))
+	f := &Files{s: s, path: filepath.Join(s.dir, "files", hex.EncodeToString(sum[:])), known: map[string]remembered{}}
+	b, err := os.ReadFile(f.path)
+	if err != nil || !f.decode(b) {
+		f.known = map[string]remembered{}
+	}
+	return f
+}
+
+// Digest returns the digest of the file at path, which st describes: the remembered one if nothing stat shows has
+// changed since and the change before was safely older than the record, otherwise that of what open gives.
+func (f *Files) Digest(path string, st rootfs.Stat, open func() (io.ReadCloser, error)) (digest.Digest, error) {
+	now := remembered{
+		Size: st.Size, Dev: int64(st.Dev), Ino: int64(st.Ino),
+		Mtime: st.Sec*1e9 + st.Nsec, Ctime: st.CSec*1e9 + st.CNsec,
+	}
+	f.mu.Lock()
+	old, ok := f.known[path]
+	f.mu.Unlock()
+	now.Noted, now.Sum = old.Noted, old.Sum
+	if ok && now == old && old.Ctime < old.Noted-int64(margin) {
+		return digest.NewDigestFromBytes(digest.SHA256, old.Sum[:]), nil
+	}
+	now.Noted = f.s.now().UnixNano()
+	r, err := open()
+	if err != nil {
+		return "", err
+	}
+	h := sha256.New()
+	_, err = io.Copy(h, r)
+	if err := errors.Join(err, r.Close()); err != nil {
+		return "", err
+	}
+	h.Sum(now.Sum[:0])
+	f.mu.Lock()
+	f.known[path], f.changed = now, true
+	f.mu.Unlock()
+	return digest.NewDigestFromBytes(digest.SHA256, now.Sum[:]), nil
+}
+
+// Forget drops what is remembered of path, after its bytes turned out to be others.
+func (f *Files) Forget(path string) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	delete(f.known, path)
+	f.changed = true
+}
+
+// Save writes what was learned since Files. Of two processes that save at once the later one wins.
+func (f *Files) Save() error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if !f.changed {
+		return nil
+	}
+	f.changed = false
+	return f.s.replace(f.path, f.encode())
+}
+
+func (f *Files) encode() []byte {
+	var b bytes.Buffer
+	for path, r := range f.known {
+		b.Write(binary.AppendUvarint(nil, uint64(len(path))))
+		b.WriteString(path)
+		binary.Write(&b, binary.LittleEndian, r) // a bytes.Buffer takes everything
+	}
+	sum := sha256.Sum256(b.Bytes())
+	return append(append([]byte(filesMagic), sum[:]...), b.Bytes()...)
+}
+
+// decode fills f.known from b and reports whether b is whole.
+func (f *Files) decode(b []byte) bool {
+	rest, ok := bytes.CutPrefix(b, []byte(filesMagic))
+	if !ok || len(rest) < sha256.Size {
+		return false
+	}
+	body := rest[sha256.Size:]
+	if sum := sha256.Sum256(body); !bytes.Equal(sum[:], rest[:sha256.Size]) {
+		return false
+	}
+	r := bufio.NewReader(bytes.NewReader(body))
+	for {
+		n, err := binary.ReadUvarint(r)
+		if err == io.EOF {
+			return true
+		}
+		if err != nil || n > uint64(len(body)) {
+			return false
+		}
+		path := make([]byte, n)
+		if _, err := io.ReadFull(r, path); err != nil {
+			return false
+		}
+		var rec remembered
+		if err := binary.Read(r, binary.LittleEndian, &rec); err != nil {
+			return false
+		}
+		f.known[string(path)] = rec
+	}
+}
