@@ -9,7 +9,9 @@ import (
 type Config struct {
 	dockerspec.DockerOCIImageConfig        // what the image's "config" object holds (OCI image spec, config.md; Docker's extensions)
 	Author                          string // the image's "author" (MAINTAINER)
-	Args                            []Arg  // build arguments in scope, in the order of declaration; inherited by a stage FROM this one
+	Args                            []Arg  // build arguments in scope, each once, in the order of declaration; inherited by a stage FROM this one
+
+	workdir bool // this file has set a WORKDIR (for the check WorkdirRelativePath)
 }
 
 // Arg is a declared build argument. A nil Value is one that was declared and has no value.
@@ -25,6 +27,10 @@ type Step struct {
 	History    string // created_by of the history entry; "" makes no entry (ONBUILD)
 	Op         Op     // what it does to the root filesystem; nil for nothing (an empty_layer history entry)
 	Config     Config // the config once it is done
+	Warnings   []Warning
+
+	args      []Argument // declared by this ARG
+	inherited []string   // global arguments that this ARG takes over
 }
 
 // Op is what a step does to the root filesystem: one of [*Run], [*Copy], [*Mkdir].
@@ -94,7 +100,7 @@ type Mount struct {
 type Copy struct {
 	From       Ref      // zero: the build context
 	Sources    []Source // in the order written
-	Dest       string   // absolute; a trailing slash says "directory"
+	Dest       string   // absolute; clean but for a trailing slash, which says "directory"
 	Chown      string   // "user[:group]" after expansion, names unresolved; "" keeps the rule's default
 	Chmod      string   // octal or symbolic; "" keeps the source's mode
 	Link       bool
@@ -106,11 +112,14 @@ type Copy struct {
 	KeepGitDir *bool    // ADD --keep-git-dir
 }
 
-// Source is one source of a [Copy]; exactly one field is set.
+// Source is one source of a [Copy]: exactly one of Path, Inline and URL is set.
 type Source struct {
-	Path   string  // path or pattern inside From
+	Path   string  // path or pattern inside From, clean and absolute
+	Pivot  string  // with Copy.Parents: the leading directories of Path that are not kept below Dest; "/" keeps all of them
 	Inline *Inline // here-document
 	URL    string  // ADD of http(s) or git, as written after expansion
+	Git    bool    // URL names a git repository
+	Name   string  // the file name that an http(s) URL gives; "__unnamed__" if it gives none
 }
 
 // Mkdir makes a directory and its missing parents with mode 0755 (WORKDIR). An existing directory is left as it is.
