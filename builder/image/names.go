@@ -50,9 +50,30 @@ func Tag(ctx context.Context, s *layer.Store, name string, d ocispec.Descriptor)
 	}
 	d.Annotations[AnnotationName] = full
 	d.Annotations[ocispec.AnnotationRefName] = tag
+	return enter(ctx, s, d)
+}
+
+// Pin adds the name REPOSITORY@DIGEST for a manifest or index of the store, which no later build moves.
+func Pin(ctx context.Context, s *layer.Store, repository string, d ocispec.Descriptor) error {
+	repo, err := registry.Repository(repository)
+	if err != nil {
+		return err
+	}
+	full := repo + "@" + d.Digest.String()
+	d.Annotations = maps.Clone(d.Annotations)
+	if d.Annotations == nil {
+		d.Annotations = map[string]string{}
+	}
+	d.Annotations[AnnotationName] = full
+	delete(d.Annotations, ocispec.AnnotationRefName)
+	return enter(ctx, s, d)
+}
+
+// enter adds a named entry in place of the one that has the name, and of a nameless one for the same image.
+func enter(ctx context.Context, s *layer.Store, d ocispec.Descriptor) error {
 	return change(ctx, s, func(idx *ocispec.Index) error {
 		idx.Manifests = slices.DeleteFunc(idx.Manifests, func(o ocispec.Descriptor) bool {
-			return nameOf(o) == full || nameOf(o) == "" && o.Digest == d.Digest
+			return nameOf(o) == nameOf(d) || nameOf(o) == "" && o.Digest == d.Digest
 		})
 		idx.Manifests = append(idx.Manifests, d)
 		return nil

@@ -185,3 +185,20 @@ func accept(req *http.Request) {
 		req.Header.Add("Accept", t)
 	}
 }
+
+// Trusting returns a client with the same options that also lets the hosts of the given references use plain
+// http or an unverified certificate. It shares nothing with c.
+func (c *Client) Trusting(refs ...string) (*Client, error) {
+	o := c.o
+	o.Insecure = append([]string(nil), o.Insecure...)
+	for _, ref := range refs {
+		n, err := parse(ref)
+		if err != nil {
+			return nil, err
+		}
+		o.Insecure = append(o.Insecure, n.domain)
+	}
+	t := Open(o)
+	t.retry.base = c.retry.base
+	return t, nil
+}
