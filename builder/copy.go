@@ -56,7 +56,7 @@ func (w *walk) find(ctx context.Context, op *dockerfile.Copy) (c copyStep, err e
 		case src.Inline != nil:
 			p = []picked{pickInline(*src.Inline)}
 		case src.URL != "":
-			p, err = w.fetch(ctx, &c, src.URL)
+			p, err = w.fetch(ctx, &c, src)
 		default:
 			if from == nil {
 				var of *layered
@@ -66,7 +66,7 @@ func (w *walk) find(ctx context.Context, op *dockerfile.Copy) (c copyStep, err e
 				from = &of.origin
 			}
 			p, err = from.pick(ctx, selection{
-				path: src.Path, parents: op.Parents, exclude: op.Exclude, contents: true,
+				path: src.Path, pivot: src.Pivot, exclude: op.Exclude, contents: true,
 				unpack: op.Add && deref(op.Unpack, true),
 			})
 		}
@@ -78,12 +78,12 @@ func (w *walk) find(ctx context.Context, op *dockerfile.Copy) (c copyStep, err e
 	return c, nil
 }
 
-// fetch gets what ADD names by url.
-func (w *walk) fetch(ctx context.Context, c *copyStep, url string) ([]picked, error) {
+// fetch gets what ADD names by a URL.
+func (w *walk) fetch(ctx context.Context, c *copyStep, src dockerfile.Source) ([]picked, error) {
 	if w.req.Open == nil {
-		return nil, fmt.Errorf("ADD %s: this build fetches nothing", url)
+		return nil, fmt.Errorf("ADD %s: this build fetches nothing", src.URL)
 	}
-	f, err := w.req.Open(ctx, url, c.op.Checksum, c.op.KeepGitDir)
+	f, err := w.req.Open(ctx, src.URL, c.op.Checksum, c.op.KeepGitDir)
 	if err != nil {
 		return nil, err
 	}

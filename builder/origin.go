@@ -22,22 +22,23 @@ type origin struct {
 	view  *layer.View  // fs, if it is one: digests, owners and extended attributes are known
 }
 
-// entryOf describes the file name of o. Path and Digest are left empty, but for a file of a view its digest is set.
-// The second result is equal for hard links of each other and "" for a file with one name.
-func (o *origin) entryOf(name string) (layer.Entry, string, error) {
+// file describes the file name of o as rel. Its digest is set only if the origin knows it.
+func (o *origin) file(name, rel string) (file, error) {
 	fi, err := lstat(o.fs, name)
 	if err != nil {
-		return layer.Entry{}, "", err
+		return file{}, err
 	}
 	switch st := fi.Sys().(type) {
 	case *layer.Entry:
-		e := *st
-		e.Path = ""
-		return e, o.view.Inode(name), nil
+		f := file{Entry: *st, inode: o.view.Inode(name)}
+		f.Path = rel
+		return f, nil
 	case *rootfs.Stat:
-		return o.statEntry(name, fi, st)
+		e, inode, err := o.statEntry(name, fi, st)
+		e.Path = rel
+		return file{e, inode, st}, err
 	}
-	return layer.Entry{}, "", fmt.Errorf("lstat %s: unknown file system %T", name, o.fs)
+	return file{}, fmt.Errorf("lstat %s: unknown file system %T", name, o.fs)
 }
 
 func (o *origin) statEntry(name string, fi fs.FileInfo, st *rootfs.Stat) (e layer.Entry, inode string, err error) {
@@ -49,7 +50,7 @@ func (o *origin) statEntry(name string, fi fs.FileInfo, st *rootfs.Stat) (e laye
 			inode = fmt.Sprintf("%d:%d", st.Dev, st.Ino)
 		}
 	case fs.ModeSocket: // BuildKit sends a socket as an empty file (features 3.1.23)
-		e.Type = layer.Regular
+		e.Type, e.Digest = layer.Regular, digest.FromString("")
 	case fs.ModeDir:
 		e.Type = layer.Dir
 	case fs.ModeSymlink:
@@ -65,14 +66,10 @@ func (o *origin) statEntry(name string, fi fs.FileInfo, st *rootfs.Stat) (e laye
 	return e, inode, err
 }
 
-// digest returns the digest of the regular file name.
-func (o *origin) digest(name string) (digest.Digest, error) {
-	fi, err := lstat(o.fs, name)
-	if err != nil {
-		return "", err
-	}
+// digest returns the digest of the regular file name, which st describes if the origin is a local directory.
+func (o *origin) digest(name string, st *rootfs.Stat) (digest.Digest, error) {
 	open := func() (io.ReadCloser, error) { return o.open(name) }
-	if st, ok := fi.Sys().(*rootfs.Stat); ok && o.files != nil && fi.Mode().IsRegular() {
+	if st != nil && o.files != nil {
 		return o.files.Digest(name, *st, open)
 	}
 	r, err := open()
@@ -83,17 +80,8 @@ func (o *origin) digest(name string) (digest.Digest, error) {
 	return digest.SHA256.FromReader(r)
 }
 
-// open opens the regular file name; a socket reads as empty.
-func (o *origin) open(name string) (io.ReadCloser, error) {
-	fi, err := lstat(o.fs, name)
-	if err != nil {
-		return nil, err
-	}
-	if fi.Mode().Type() == fs.ModeSocket {
-		return io.NopCloser(strings.NewReader("")), nil
-	}
-	return o.fs.Open(name)
-}
+// open opens the regular file name.
+func (o *origin) open(name string) (io.ReadCloser, error) { return o.fs.Open(name) }
 
 func lstat(fsys fs.FS, name string) (fs.FileInfo, error) { return fs.Lstat(fsys, name) }
 

@@ -19,6 +19,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"filo/layer"
+	"filo/layer/rootfs"
 )
 
 // picked is one source of a copy after wildcards and links: a file, or a directory with all below it.
@@ -35,7 +36,8 @@ type picked struct {
 // file is one file of a picked source; Path is relative to its root, "." for the root.
 type file struct {
 	layer.Entry
-	inode string // equal for hard links of each other; "" for a file with one name
+	inode string       // equal for hard links of each other; "" for a file with one name
+	stat  *rootfs.Stat // nil where the file is not on a disk of its own
 }
 
 // isDir reports whether the source is a directory.
@@ -43,8 +45,8 @@ func (p *picked) isDir() bool { return p.files[0].Type == layer.Dir }
 
 // selection is what a copy wants of one origin.
 type selection struct {
-	path     string   // path or pattern as written
-	parents  bool     // --parents
+	path     string   // rooted path or pattern
+	pivot    string   // --parents: the leading directories of path that are not kept; "" without --parents
 	exclude  []string // patterns
 	contents bool
 	unpack   bool
@@ -56,7 +58,7 @@ func (o *origin) pick(ctx context.Context, s selection) ([]picked, error) {
 	if err != nil {
 		return nil, fmt.Errorf("--exclude: %w", err)
 	}
-	if s.parents {
+	if s.pivot != "" {
 		return o.pickParents(ctx, s, exclude)
 	}
 	matches, err := o.glob(clean(s.path))
@@ -82,19 +84,15 @@ func (o *origin) pick(ctx context.Context, s selection) ([]picked, error) {
 
 // pickParents picks for --parents: everything below a pivot that the pattern names, with the directories above it.
 func (o *origin) pickParents(ctx context.Context, s selection, exclude *patternmatcher.PatternMatcher) ([]picked, error) {
-	pivot, pattern, ok := strings.Cut(s.path, "/./")
-	if !ok {
-		pivot, pattern = "/", s.path
-	}
-	pattern = strings.TrimPrefix(path.Join("/", pattern), "/")
-	literal := !hasMeta(pivot) && !hasMeta(pattern)
-	if literal {
-		full, err := o.resolve(path.Join("/", pivot, pattern), true)
+	pivot := s.pivot
+	pattern := strings.TrimPrefix(strings.TrimPrefix(s.path, pivot), "/")
+	if !hasMeta(s.path) {
+		full, err := o.resolve(s.path, true)
 		if err == nil {
 			_, err = lstat(o.fs, full)
 		}
 		if err != nil {
-			return nil, missing(path.Join("/", pivot, pattern), err)
+			return nil, missing(s.path, err)
 		}
 	}
 	include, err := matcher([]string{cmp.Or(pattern, "**")})
@@ -237,12 +235,11 @@ func (w *walker) walk(root string) ([]file, error) {
 }
 
 func (w *walker) add(name, rel string) error {
-	e, inode, err := w.origin.entryOf(name)
+	f, err := w.origin.file(name, rel)
 	if err != nil {
 		return err
 	}
-	e.Path = rel
-	w.files = append(w.files, file{e, inode})
+	w.files = append(w.files, f)
 	return nil
 }
 
@@ -328,7 +325,7 @@ func (o *origin) digestAll(ctx context.Context, all []picked) error {
 			}
 			name := path.Join(p.root, f.Path)
 			g.Go(func() (err error) {
-				f.Digest, err = o.digest(name)
+				f.Digest, err = o.digest(name, f.stat)
 				return err
 			})
 		}

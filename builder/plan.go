@@ -307,8 +307,8 @@ func (p *plan) write(w *layer.Writer) error {
 }
 
 func (n *node) write(w *layer.Writer) error {
-	if n.open == nil || n.Type != layer.Regular {
-		return w.Add(n.Entry, nil)
+	if n.Type != layer.Regular || n.Size == 0 {
+		return w.Add(n.Entry, strings.NewReader(""))
 	}
 	r, err := n.open()
 	if err != nil {

@@ -47,6 +47,7 @@ type stageRun struct {
 	steps    []dockerfile.Step
 	next     int    // index of the step being done
 	prefix   string // platform before the stage's name, in vertices
+	label    string // name of the stage in vertices; "" for the only one
 	base     string // title of the vertex of the base; "" where there is none
 	index    int    // number of the last vertex
 	total    int    // how many vertices the stage has
@@ -77,7 +78,7 @@ func (b *build) run(ctx context.Context) (Result, error) {
 	for _, f := range b.files.all() {
 		err = errors.Join(err, f.Save())
 	}
-	return Result{Images: images, Warnings: walks[0].file.Warnings}, err
+	return Result{Images: images, Warnings: walks[0].warnings()}, err
 }
 
 // parse reads the Dockerfile for platform p.
@@ -89,6 +90,9 @@ func (b *build) parse(p ocispec.Platform) (*walk, error) {
 	if err != nil {
 		return nil, err
 	}
+	if b.req.Epoch == nil {
+		b.req.Epoch = f.Epoch
+	}
 	return &walk{build: b, platform: p, file: f, stages: newOnce[*dockerfile.Stage, *stageRun]()}, nil
 }
 
@@ -99,6 +103,11 @@ func (w *walk) result(ctx context.Context) (*image.Image, error) {
 		return nil, err
 	}
 	w.target = stages[len(stages)-1]
+	if w.file.FailOnWarnings() {
+		if err := w.check(ctx, stages); err != nil {
+			return nil, err
+		}
+	}
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	blobs, bctx := errgroup.WithContext(ctx)
@@ -132,6 +141,44 @@ func (w *walk) result(ctx context.Context) (*image.Image, error) {
 	return r.image(), nil
 }
 
+// check refuses the build for what the build checks find, where the Dockerfile asks for that.
+func (w *walk) check(ctx context.Context, stages []*dockerfile.Stage) error {
+	found, err := w.file.Check(stages, w.platform, func(s *dockerfile.Stage) (dockerfile.Config, error) {
+		r := &stageRun{platform: w.platform}
+		if s.Platform != nil {
+			r.platform = *s.Platform
+		}
+		if s.Base.Name == "scratch" {
+			return r.config, nil
+		}
+		err := w.fromImage(ctx, s, r)
+		return r.config, err
+	})
+	if err != nil {
+		return err
+	}
+	return w.file.Violation(found)
+}
+
+// warnings are those of the build checks that the stages built gave, in the order of the file.
+func (w *walk) warnings() []dockerfile.Warning {
+	out := slices.Clone(w.file.Warnings)
+	for _, r := range w.stages.all() {
+		for _, st := range r.steps {
+			out = append(out, st.Warnings...)
+		}
+	}
+	slices.SortStableFunc(out, func(a, b dockerfile.Warning) int { return firstLine(a) - firstLine(b) })
+	return out
+}
+
+func firstLine(w dockerfile.Warning) int {
+	if len(w.Ranges) == 0 {
+		return 0
+	}
+	return w.Ranges[0].Start
+}
+
 // stage returns s built. Everybody who needs it waits for the one who builds it.
 func (w *walk) stage(ctx context.Context, s *dockerfile.Stage) (*stageRun, error) {
 	return w.stages.do(ctx, s, func() (*stageRun, error) {
@@ -142,6 +189,8 @@ func (w *walk) stage(ctx context.Context, s *dockerfile.Stage) (*stageRun, error
 		if r.steps, err = s.Steps(r.config, r.platform); err != nil {
 			return nil, err
 		}
+		end := s.End(r.config, r.steps)
+		r.config = s.Start(r.config)
 		w.announce(r)
 		for i, st := range r.steps {
 			r.next = i
@@ -149,13 +198,17 @@ func (w *walk) stage(ctx context.Context, s *dockerfile.Stage) (*stageRun, error
 				return nil, err
 			}
 		}
+		r.config = end
 		return r, nil
 	})
 }
 
 // from returns the stage s with its base and nothing else.
 func (w *walk) from(ctx context.Context, s *dockerfile.Stage) (*stageRun, error) {
-	r := &stageRun{stage: s, platform: w.platform, epoch: w.req.Epoch, fresh: w.isFresh(s), ships: w.isShipped(s)}
+	r := &stageRun{stage: s, label: s.Name, platform: w.platform, epoch: w.req.Epoch, fresh: w.isFresh(s), ships: w.isShipped(s)}
+	if r.label == "" && len(w.file.Stages) > 1 {
+		r.label = fmt.Sprintf("stage-%d", s.Index)
+	}
 	if s.Platform != nil {
 		r.platform = *s.Platform
 	}
@@ -185,13 +238,13 @@ func (w *walk) fromImage(ctx context.Context, s *dockerfile.Stage, r *stageRun) 
 	if n, ok := w.req.Named[s.Base.Name]; ok && n.Image == nil {
 		of, err := w.origin(ctx, s.Base)
 		if err != nil {
-			return w.file.LocateStage(s, err)
+			return s.Locate(err)
 		}
 		return w.fromFiles(ctx, of, r)
 	}
 	img, err := w.image(ctx, s.Base.Name, r.platform)
 	if err != nil {
-		return w.file.LocateStage(s, err)
+		return s.Locate(err)
 	}
 	r.config = dockerfile.Config{DockerOCIImageConfig: img.Config.Config, Author: img.Config.Author}
 	r.layers, r.history, r.created = img.Layers, img.Config.History, img.Config.Created
@@ -213,7 +266,7 @@ func (w *walk) image(ctx context.Context, name string, p ocispec.Platform) (*ima
 			return img, v.end(ctx, err)
 		}
 		v := w.start("[internal] load metadata for %s", familiar(name))
-		mode := image.PullMissing
+		mode := image.PullCurrent
 		if w.req.Pull {
 			mode = image.PullAlways
 		}
@@ -356,8 +409,8 @@ func (r *stageRun) vertexName(text string) string {
 	if r.prefix != "" {
 		out += r.prefix + " "
 	}
-	if label := r.stage.Label(); label != "" {
-		out += label + " "
+	if r.label != "" {
+		out += r.label + " "
 	}
 	return out + fmt.Sprintf("%*d/%d] ", 1+int(math.Log10(float64(r.total))), r.index, r.total) + text
 }

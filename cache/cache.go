@@ -59,18 +59,20 @@ type Record struct {
 
 // Store is the cache in one state directory. It is safe for concurrent use, also by other processes.
 type Store struct {
-	dir string
-	now func() time.Time
+	dir  string
+	temp string
+	now  func() time.Time
 }
 
-// Open opens the cache below the state directory dir. now is asked when a file's digest is remembered.
-func Open(dir string, now func() time.Time) (*Store, error) {
-	for _, sub := range []string{"steps", "files", "tmp"} {
+// Open opens the cache below the state directory dir. temp is a directory of this process on the same file system. now
+// is asked when a file's digest is remembered.
+func Open(dir, temp string, now func() time.Time) (*Store, error) {
+	for _, sub := range []string{"steps", "files"} {
 		if err := os.MkdirAll(filepath.Join(dir, sub), 0o700); err != nil {
 			return nil, fmt.Errorf("open cache: %w", err)
 		}
 	}
-	return &Store{dir: dir, now: now}, nil
+	return &Store{dir: dir, temp: temp, now: now}, nil
 }
 
 // ErrDamaged is why a record that is there cannot be used.
@@ -153,7 +155,7 @@ func (r Record) check() string {
 
 // replace makes path hold b by rename.
 func (s *Store) replace(path string, b []byte) error {
-	f, err := os.CreateTemp(filepath.Join(s.dir, "tmp"), "record-")
+	f, err := os.CreateTemp(s.temp, "record-")
 	if err != nil {
 		return err
 	}

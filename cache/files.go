@@ -1,7 +1,6 @@
 package cache
 
 import (
-	"bufio"
 	"bytes"
 	"crypto/sha256"
 	"encoding/binary"
@@ -104,15 +103,23 @@ func (f *Files) Save() error {
 }
 
 func (f *Files) encode() []byte {
-	var b bytes.Buffer
+	b := make([]byte, len(filesMagic)+sha256.Size, len(filesMagic)+sha256.Size+len(f.known)*160)
+	copy(b, filesMagic)
 	for path, r := range f.known {
-		b.Write(binary.AppendUvarint(nil, uint64(len(path))))
-		b.WriteString(path)
-		binary.Write(&b, binary.LittleEndian, r) // a bytes.Buffer takes everything
+		b = binary.AppendUvarint(b, uint64(len(path)))
+		b = append(b, path...)
+		for _, n := range []int64{r.Size, r.Dev, r.Ino, r.Mtime, r.Ctime, r.Noted} {
+			b = binary.LittleEndian.AppendUint64(b, uint64(n))
+		}
+		b = append(b, r.Sum[:]...)
 	}
-	sum := sha256.Sum256(b.Bytes())
-	return append(append([]byte(filesMagic), sum[:]...), b.Bytes()...)
+	sum := sha256.Sum256(b[len(filesMagic)+sha256.Size:])
+	copy(b[len(filesMagic):], sum[:])
+	return b
 }
+
+// rememberedSize is how long a record is after its path.
+const rememberedSize = 6*8 + sha256.Size
 
 // decode fills f.known from b and reports whether b is whole.
 func (f *Files) decode(b []byte) bool {
@@ -124,23 +131,20 @@ func (f *Files) decode(b []byte) bool {
 	if sum := sha256.Sum256(body); !bytes.Equal(sum[:], rest[:sha256.Size]) {
 		return false
 	}
-	r := bufio.NewReader(bytes.NewReader(body))
-	for {
-		n, err := binary.ReadUvarint(r)
-		if err == io.EOF {
-			return true
-		}
-		if err != nil || n > uint64(len(body)) {
+	for len(body) > 0 {
+		n, w := binary.Uvarint(body)
+		if w <= 0 || n > uint64(len(body)) || uint64(len(body)) < uint64(w)+n+rememberedSize {
 			return false
 		}
-		path := make([]byte, n)
-		if _, err := io.ReadFull(r, path); err != nil {
-			return false
+		path := string(body[w : w+int(n)])
+		body = body[w+int(n):]
+		var r remembered
+		for i, field := range []*int64{&r.Size, &r.Dev, &r.Ino, &r.Mtime, &r.Ctime, &r.Noted} {
+			*field = int64(binary.LittleEndian.Uint64(body[8*i:]))
 		}
-		var rec remembered
-		if err := binary.Read(r, binary.LittleEndian, &rec); err != nil {
-			return false
-		}
-		f.known[string(path)] = rec
+		copy(r.Sum[:], body[6*8:])
+		f.known[path] = r
+		body = body[rememberedSize:]
 	}
+	return true
 }
