@@ -9,15 +9,19 @@
 //
 // Start at [Run], the parent's half: it starts this program again, hands the
 // process over through a pipe and waits. [Init] is the child's half: it mounts
-// (mount.go, dev.go, target.go), pivots, drops powers (caps.go, seccomp.go)
-// and executes (exec.go). [Enter] (enter.go, idmap.go) finds the ground before
-// any of this: root as it is, or a user namespace in which filo is root.
+// (init.go, mount.go, dev.go, target.go), pivots, drops powers (powers.go,
+// seccomp.go) and executes (exec.go). What the two say to each other is in
+// handover.go. [Enter] (enter.go, idmap.go) finds the ground before any of
+// this: root as it is, or a user namespace in which filo is root.
 package sandbox
 
 import (
 	"context"
 	"fmt"
 	"io"
+	"os"
+	"reflect"
+	"runtime"
 	"strings"
 	"syscall"
 )
@@ -63,6 +67,7 @@ type Mount struct {
 	Source   string // Bind: a path of the host
 	Root     Root   // Overlay: what to stack; with an Upper it is writable
 	Subpath  string // Bind, Overlay: what to show of the source; never leaves it
+	File     bool   // Overlay: Subpath names a file, so Target is one
 	Data     []byte // Data: the file's bytes
 	Target   string // absolute; symlinks are resolved inside the process's root
 	ReadOnly bool
@@ -85,8 +90,8 @@ type Process struct {
 	ExtraHosts     []string // "name:ip" or "name=ip"
 	ShmSize        int64    // bytes of /dev/shm, 0 is 64 MiB
 	Ulimits        []Ulimit
-	Insecure       bool // all capabilities, no seccomp, nothing masked
-	Stdout, Stderr io.Writer
+	Insecure       bool      // all capabilities, no seccomp, nothing masked
+	Stdout, Stderr io.Writer `json:"-"` // nil throws the output away; written to by one goroutine each, or one for both when equal
 }
 
 // ExitError says that the process ran and failed, or that its command could
@@ -125,27 +130,182 @@ type MountPoint struct {
 
 // Ground is what isolation this process found.
 type Ground struct {
-	Name     string // "root" or "rootless"
+	Name     string // "root", "rootless", or "none": [Run] will not work here
 	SingleID bool   // only one user ID exists: ownership cannot be put on disk
 	Reason   string // why this ground and not a better one
 }
 
-// MountPoints returns the paths [Run] will mount on: they must exist in the
-// root, except those below an earlier mount of the process, which are left out.
-func MountPoints(p Process) []MountPoint { return nil }
-
-// Init must be the first call in main. In a child started by [Run] or [Enter]
-// it does that child's work and does not return; otherwise it does nothing.
-func Init() {}
-
-// Enter finds the best isolation that works here, or the one asked for: "" or
-// "auto", "root", "rootless", "chroot". It may start this program again in a
-// user namespace; then it returns only there, and the first process ends with
-// the exit status of the second.
-func Enter(isolation string) (Ground, error) { return Ground{}, nil }
-
 // Run runs p and waits for it. It returns nil if the process exited with 0,
 // *[ExitError] if it did not, *[SetupError] if it could not be started, and
 // the context's error if that ended it. When Run returns, no process of the
-// sandbox is left.
-func Run(ctx context.Context, p Process) error { return nil }
+// sandbox is left and nothing more is written.
+func Run(ctx context.Context, p Process) error {
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	h, err := prepare(p)
+	if err != nil {
+		return err
+	}
+	// The kernel sends the death signal when the thread that made the child
+	// ends, so this thread has to stay for as long as the child does.
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	c, err := start(p)
+	if err != nil {
+		return &SetupError{Step: "start", Err: err}
+	}
+	defer c.close()
+	stop := context.AfterFunc(ctx, func() { c.process.Kill() })
+	defer stop()
+	// A child that dies early says why on its report, or not at all.
+	_ = h.send(c.order)
+	started, failure := readReport(c.report)
+	state, err := c.process.Wait()
+	c.finish()
+	switch {
+	case err != nil:
+		return &SetupError{Step: "wait", Err: err}
+	case ctx.Err() != nil:
+		return context.Cause(ctx)
+	case failure != nil:
+		return failure.error(p.Args)
+	case !started:
+		return &SetupError{Step: "start", Err: fmt.Errorf("child ended early: %s", state)}
+	}
+	return c.written(exitError(p.Args, state))
+}
+
+// running is a started child and this side of its pipes.
+type running struct {
+	process *os.Process
+	order   *os.File // the handover goes in here
+	report  *os.File // set-up errors come out here, then end of file at exec
+	outputs []*output
+}
+
+func start(p Process) (*running, error) {
+	c := &running{}
+	var theirs []*os.File
+	defer func() {
+		for _, f := range theirs {
+			f.Close()
+		}
+	}()
+	null, err := os.OpenFile(os.DevNull, os.O_RDWR, 0)
+	if err != nil {
+		return nil, err
+	}
+	theirs = append(theirs, null)
+	stdout, stderr := null, null
+	pipe := func() (r, w *os.File) {
+		if err == nil {
+			r, w, err = os.Pipe()
+		}
+		return r, w
+	}
+	pump := func(to io.Writer) *os.File {
+		r, w := pipe()
+		if err == nil {
+			theirs = append(theirs, w)
+			c.outputs = append(c.outputs, &output{from: r, to: to, done: make(chan struct{})})
+		}
+		return w
+	}
+	if p.Stdout != nil {
+		stdout = pump(p.Stdout)
+	}
+	switch {
+	case p.Stderr == nil:
+	case same(p.Stdout, p.Stderr):
+		stderr = stdout
+	default:
+		stderr = pump(p.Stderr)
+	}
+	orderR, orderW := pipe()
+	reportR, reportW := pipe()
+	if err != nil {
+		for _, f := range []*os.File{orderR, orderW} {
+			f.Close()
+		}
+		c.close()
+		return nil, err
+	}
+	theirs = append(theirs, orderR, reportW)
+	c.order, c.report = orderW, reportR
+	c.process, err = os.StartProcess(self, []string{childName}, &os.ProcAttr{
+		// Not the child's environment but its Go runtime's: it lives for
+		// milliseconds, collecting garbage would be a waste.
+		Env:   []string{"GOGC=off"},
+		Files: []*os.File{null, stdout, stderr, orderR, reportW},
+		Sys: &syscall.SysProcAttr{
+			Cloneflags: namespaces(p.Network),
+			Pdeathsig:  syscall.SIGKILL,
+			Setsid:     true,
+		},
+	})
+	if err != nil {
+		c.close()
+		return nil, err
+	}
+	for _, o := range c.outputs {
+		go o.pump()
+	}
+	return c, nil
+}
+
+func namespaces(n Network) uintptr {
+	flags := uintptr(syscall.CLONE_NEWNS | syscall.CLONE_NEWPID | syscall.CLONE_NEWIPC | syscall.CLONE_NEWUTS | syscall.CLONE_NEWCGROUP)
+	if n == NetworkNone {
+		flags |= syscall.CLONE_NEWNET
+	}
+	return flags
+}
+
+// finish waits until all output is written. With its first process the whole
+// pid namespace is gone, so all there will ever be is in the pipes.
+func (c *running) finish() {
+	for _, o := range c.outputs {
+		o.finish()
+	}
+}
+
+// written turns an end that looked like success into an error if the output
+// did not reach its writer.
+func (c *running) written(err error) error {
+	for _, o := range c.outputs {
+		if err == nil && o.err != nil {
+			err = fmt.Errorf("write output: %w", o.err)
+		}
+	}
+	return err
+}
+
+func (c *running) close() {
+	for _, f := range []*os.File{c.order, c.report} {
+		f.Close()
+	}
+	for _, o := range c.outputs {
+		o.from.Close()
+	}
+}
+
+// same reports whether two writers are one; writers of types that cannot be
+// compared are not.
+func same(a, b io.Writer) bool {
+	if a == nil || b == nil || !reflect.TypeOf(a).Comparable() {
+		return false
+	}
+	return a == b
+}
+
+func exitError(args []string, state *os.ProcessState) error {
+	if state.Success() {
+		return nil
+	}
+	status, ok := state.Sys().(syscall.WaitStatus)
+	if ok && status.Signaled() {
+		return &ExitError{Args: args, Code: 128 + int(status.Signal()), Signal: status.Signal()}
+	}
+	return &ExitError{Args: args, Code: state.ExitCode()}
+}

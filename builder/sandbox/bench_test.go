@@ -1,0 +1,18 @@
+package sandbox
+
+import (
+	"os"
+	"testing"
+)
+
+// BenchmarkRunTrue is what a step costs that does nothing.
+func BenchmarkRunTrue(b *testing.B) {
+	box := newBox(b)
+	p := box.process("exit", "0")
+	for b.Loop() {
+		if err := Run(b.Context(), p); err != nil {
+			b.Fatal(err)
+		}
+		os.RemoveAll(box.root.Work + "/work")
+	}
+}

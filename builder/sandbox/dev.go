@@ -1,0 +1,311 @@
+package sandbox
+
+import (
+	"errors"
+	"os"
+	"path"
+	"strconv"
+
+	"golang.org/x/sys/unix"
+)
+
+// hidden are paths that would tell a process about the machine, or let it
+// read the kernel's memory: they show nothing.
+var hidden = [...]string{
+	"/proc/acpi",
+	"/proc/asound",
+	"/proc/kcore",
+	"/proc/keys",
+	"/proc/latency_stats",
+	"/proc/timer_list",
+	"/proc/timer_stats",
+	"/proc/sched_debug",
+	"/proc/scsi",
+	"/sys/firmware",
+	"/sys/devices/virtual/powercap",
+}
+
+// frozen are paths by which a process could change the machine.
+var frozen = [...]string{
+	"/proc/bus",
+	"/proc/fs",
+	"/proc/irq",
+	"/proc/sys",
+	"/proc/sysrq-trigger",
+}
+
+// devices are the nodes of /dev.
+var devices = [...]device{
+	{"null", unix.S_IFCHR, 1, 3},
+	{"zero", unix.S_IFCHR, 1, 5},
+	{"full", unix.S_IFCHR, 1, 7},
+	{"random", unix.S_IFCHR, 1, 8},
+	{"urandom", unix.S_IFCHR, 1, 9},
+	{"tty", unix.S_IFCHR, 5, 0},
+}
+
+// insecureDevices are added for a process that may do everything.
+var insecureDevices = [...]device{
+	{"kmsg", unix.S_IFCHR, 1, 11},
+	{"cuse", unix.S_IFCHR, 10, 203},
+	{"fuse", unix.S_IFCHR, 10, 229},
+	{"kvm", unix.S_IFCHR, 10, 232},
+	{"net/tun", unix.S_IFCHR, 10, 200},
+	{"loop-control", unix.S_IFCHR, 10, 237},
+}
+
+// devLinks are the symlinks of /dev.
+var devLinks = [...]struct{ name, to string }{
+	{"fd", "/proc/self/fd"},
+	{"stdin", "/proc/self/fd/0"},
+	{"stdout", "/proc/self/fd/1"},
+	{"stderr", "/proc/self/fd/2"},
+	{"ptmx", "pts/ptmx"},
+}
+
+const quiet = unix.MOUNT_ATTR_NOSUID | unix.MOUNT_ATTR_NOEXEC | unix.MOUNT_ATTR_NODEV
+
+// standard makes the mounts that every process has.
+func (s *stage) standard(p Process) ([]placement, error) {
+	proc, err := procfs()
+	if err != nil {
+		return nil, at("mount /proc", err)
+	}
+	sys, err := sysfs(p.Insecure)
+	if err != nil {
+		return nil, at("mount /sys", err)
+	}
+	dev, borrowed, err := devfs(p.Insecure)
+	if err != nil {
+		return nil, at("mount /dev", err)
+	}
+	ps := []placement{
+		{mount: proc, target: "/proc", dir: true},
+		{mount: sys, target: "/sys", dir: true},
+		{mount: dev, target: "/dev", dir: true},
+	}
+	if cgroup, err := detached("cgroup2", quiet|writable(p.Insecure), "source=cgroup"); err == nil {
+		ps = append(ps, placement{mount: cgroup, target: "/sys/fs/cgroup", dir: true, optional: true})
+	}
+	ps = append(ps, borrowed...)
+	inDev, err := insideDev(p)
+	if err != nil {
+		return nil, err
+	}
+	ps = append(ps, inDev...)
+	for i, name := range []string{"/etc/hosts", "/etc/resolv.conf"} {
+		fd, err := s.file(path.Base(name), s.blobs[blobHosts+i], 0o644, 0, 0, true)
+		if err == nil {
+			err = restrict(fd, unix.MOUNT_ATTR_NOEXEC)
+		}
+		if err != nil {
+			return nil, at("mount "+name, err)
+		}
+		ps = append(ps, placement{mount: fd, target: name})
+	}
+	return ps, nil
+}
+
+func writable(yes bool) int {
+	if yes {
+		return 0
+	}
+	return unix.MOUNT_ATTR_RDONLY
+}
+
+// procfs shows the process's own pid namespace. A container that hides parts
+// of its /proc may not make a new one; then it shows what the container sees.
+func procfs() (int, error) {
+	fd, err := detached("proc", quiet, "source=proc")
+	if !errors.Is(err, unix.EPERM) {
+		return fd, err
+	}
+	return clone(unix.AT_FDCWD, "/proc", unix.AT_RECURSIVE)
+}
+
+// sysfs belongs to a network namespace: in a user namespace with the host's
+// network there is none to be made.
+func sysfs(insecure bool) (int, error) {
+	fd, err := detached("sysfs", quiet|writable(insecure), "source=sysfs")
+	if !errors.Is(err, unix.EPERM) {
+		return fd, err
+	}
+	fd, err = clone(unix.AT_FDCWD, "/sys", unix.AT_RECURSIVE)
+	if err != nil {
+		return -1, err
+	}
+	return fd, restrict(fd, uint64(quiet|writable(insecure)))
+}
+
+// devfs makes a /dev, and mounts of the host's devices where devices cannot be
+// made.
+func devfs(insecure bool) (int, []placement, error) {
+	const attrs = unix.MOUNT_ATTR_NOSUID | unix.MOUNT_ATTR_STRICTATIME
+	dev, err := detached("tmpfs", attrs, "source=tmpfs", "mode=0755", "size=65536k")
+	if err != nil {
+		return -1, nil, err
+	}
+	for _, l := range devLinks {
+		if err := unix.Symlinkat(l.to, dev, l.name); err != nil {
+			return -1, nil, err
+		}
+	}
+	if unix.Access("/proc/kcore", unix.F_OK) == nil {
+		if err := unix.Symlinkat("/proc/kcore", dev, "core"); err != nil {
+			return -1, nil, err
+		}
+	}
+	for _, name := range []string{"pts", "shm", "mqueue"} {
+		if err := unix.Mkdirat(dev, name, 0o755); err != nil {
+			return -1, nil, err
+		}
+	}
+	var borrowed []placement
+	for _, d := range devices {
+		err := d.make(dev)
+		if errors.Is(err, unix.EPERM) {
+			var p placement
+			p, err = d.borrow(dev)
+			borrowed = append(borrowed, p)
+		}
+		if err != nil {
+			return -1, nil, &os.PathError{Op: "make", Path: d.name, Err: err}
+		}
+	}
+	if insecure && borrowed == nil {
+		return dev, nil, moreDevices(dev)
+	}
+	return dev, borrowed, nil
+}
+
+type device struct {
+	name         string
+	kind         uint32
+	major, minor uint32
+}
+
+func (d device) make(dev int) error {
+	return unix.Mknodat(dev, d.name, d.kind|0o666, int(unix.Mkdev(d.major, d.minor)))
+}
+
+func (d device) borrow(dev int) (placement, error) {
+	fd, err := clone(unix.AT_FDCWD, "/dev/"+d.name, 0)
+	if err != nil {
+		return placement{}, err
+	}
+	return placement{mount: fd, target: "/dev/" + d.name}, create(dev, d.name, false)
+}
+
+// moreDevices adds what an insecure process may use.
+func moreDevices(dev int) error {
+	if err := unix.Mkdirat(dev, "net", 0o755); err != nil {
+		return err
+	}
+	more := append([]device(nil), insecureDevices[:]...)
+	for i := range freeLoop() + 8 {
+		more = append(more, device{"loop" + strconv.Itoa(i), unix.S_IFBLK, 7, uint32(i)})
+	}
+	for _, d := range more {
+		if err := d.make(dev); err != nil {
+			return &os.PathError{Op: "make", Path: d.name, Err: err}
+		}
+	}
+	return nil
+}
+
+// freeLoop returns the number of the next loop device, 0 if that is unknown.
+func freeLoop() int {
+	fd, err := unix.Open("/dev/loop-control", unix.O_RDWR|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return 0
+	}
+	defer unix.Close(fd)
+	n, err := unix.IoctlRetInt(fd, unix.LOOP_CTL_GET_FREE)
+	if err != nil || n < 0 {
+		return 0
+	}
+	return n
+}
+
+// insideDev makes the filesystems below /dev.
+func insideDev(p Process) ([]placement, error) {
+	pts, err := detached("devpts", unix.MOUNT_ATTR_NOSUID|unix.MOUNT_ATTR_NOEXEC,
+		"source=devpts", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5")
+	if errors.Is(err, unix.EINVAL) {
+		// Group 5 does not exist where only one ID is mapped.
+		pts, err = detached("devpts", unix.MOUNT_ATTR_NOSUID|unix.MOUNT_ATTR_NOEXEC,
+			"source=devpts", "newinstance", "ptmxmode=0666", "mode=0620")
+	}
+	if err != nil {
+		return nil, at("mount /dev/pts", err)
+	}
+	shm, err := detached("tmpfs", quiet, "source=shm", "mode=1777", "size="+strconv.FormatInt(p.ShmSize, 10))
+	if err != nil {
+		return nil, at("mount /dev/shm", err)
+	}
+	ps := []placement{
+		{mount: pts, target: "/dev/pts", dir: true},
+		{mount: shm, target: "/dev/shm", dir: true},
+	}
+	// A kernel may be built without message queues.
+	if mq, err := detached("mqueue", quiet, "source=mqueue"); err == nil {
+		ps = append(ps, placement{mount: mq, target: "/dev/mqueue", dir: true})
+	}
+	return ps, nil
+}
+
+// mask hides and freezes what a process must not see or touch. It comes
+// before the process's own mounts, so that /dev/null is the real one.
+func (in *inside) mask(empty int) error {
+	for _, name := range frozen {
+		err := in.cover(name, func(fd int) (int, error) {
+			m, err := clone(fd, "", unix.AT_RECURSIVE)
+			if err != nil {
+				return -1, err
+			}
+			return m, restrict(m, unix.MOUNT_ATTR_RDONLY)
+		})
+		if err != nil {
+			return at("make "+name+" read-only", err)
+		}
+	}
+	null, err := openIn(in.fd, "/dev/null", 0)
+	if err != nil {
+		return at("hide files", err)
+	}
+	placed := false
+	for _, name := range hidden {
+		err := in.cover(name, func(fd int) (int, error) {
+			switch {
+			case !isDirectory(fd):
+				return clone(null, "", 0)
+			case placed:
+				return clone(empty, "", 0)
+			}
+			// Only what is attached somewhere can be cloned, so the first
+			// directory gets the mount itself.
+			placed = true
+			return empty, nil
+		})
+		if err != nil {
+			return at("hide "+name, err)
+		}
+	}
+	return nil
+}
+
+// cover puts a mount over a path, if there is such a path.
+func (in *inside) cover(name string, with func(fd int) (int, error)) error {
+	fd, err := openIn(in.fd, name, 0)
+	if errors.Is(err, unix.ENOENT) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	m, err := with(fd)
+	if err != nil {
+		return err
+	}
+	return attach(m, fd)
+}

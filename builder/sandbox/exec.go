@@ -1,0 +1,89 @@
+package sandbox
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"path"
+	"strings"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+)
+
+// notExecutable says why there is nothing to run, with the code that a shell
+// would give.
+type notExecutable struct {
+	text string
+	code int
+}
+
+func (e *notExecutable) Error() string { return e.text }
+
+// execute becomes the process.
+func execute(p Process) error {
+	file, err := lookPath(p.Args[0], p.Env)
+	if err != nil {
+		return err
+	}
+	syscall.Write(reportFD, []byte{starting})
+	err = syscall.Exec(file, p.Args, p.Env)
+	code := 126
+	if errors.Is(err, fs.ErrNotExist) {
+		code = 127 // the file is there: its interpreter is not
+	}
+	return &notExecutable{fmt.Sprintf("exec %s: %v", file, err), code}
+}
+
+// lookPath finds a command as a shell does, with the user's own rights.
+func lookPath(name string, env []string) (string, error) {
+	if strings.Contains(name, "/") {
+		err := executable(name)
+		if err == nil {
+			return name, nil
+		}
+		if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENOTDIR) {
+			return "", &notExecutable{fmt.Sprintf("exec: %q: stat %s: %v", name, name, err), 127}
+		}
+		return "", &notExecutable{fmt.Sprintf("exec: %q: %v", name, err), 126}
+	}
+	missing := &notExecutable{fmt.Sprintf("exec: %q: executable file not found in $PATH", name), 127}
+	if name == "" {
+		return "", missing
+	}
+	for _, dir := range strings.Split(lookup(env, "PATH"), ":") {
+		if dir == "" {
+			dir = "."
+		}
+		file := path.Join(dir, name)
+		if !strings.Contains(file, "/") {
+			file = "./" + file
+		}
+		if executable(file) == nil {
+			return file, nil
+		}
+	}
+	return "", missing
+}
+
+func executable(file string) error {
+	var st unix.Stat_t
+	if err := unix.Stat(file, &st); err != nil {
+		return err
+	}
+	if st.Mode&unix.S_IFMT == unix.S_IFDIR {
+		return unix.EISDIR
+	}
+	return unix.Faccessat(unix.AT_FDCWD, file, unix.X_OK, unix.AT_EACCESS)
+}
+
+// lookup returns the last value of a variable, as the C library would not,
+// but as every builder's environment means it.
+func lookup(env []string, name string) (value string) {
+	for _, e := range env {
+		if v, ok := strings.CutPrefix(e, name+"="); ok {
+			value = v
+		}
+	}
+	return value
+}

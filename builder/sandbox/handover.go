@@ -1,0 +1,250 @@
+package sandbox
+
+import (
+	"bytes"
+	"encoding/binary"
+	"encoding/json"
+	"fmt"
+	"io"
+	"net/netip"
+	"os"
+	"path"
+	"strings"
+	"syscall"
+)
+
+const (
+	self = "/proc/self/exe"
+	// childName is the argv[0] by which Init knows a sandbox child.
+	childName = "filo-sandbox"
+	orderFD   = 3
+	reportFD  = 4
+	// maxHandover bounds what a child reads: far above what a step needs.
+	maxHandover = 1 << 30
+)
+
+// handover is all that a child has to know. It goes through a pipe as one
+// length, JSON, and the raw blobs: secrets are in nobody's arguments,
+// environment or files.
+type handover struct {
+	Process Process
+	Lengths []int    // of the blobs
+	blobs   [][]byte // hosts, resolv.conf, seccomp filter, the mounts' data
+}
+
+const (
+	blobHosts = iota
+	blobResolv
+	blobFilter
+	blobData // and the following: one a mount, empty unless it is Data
+)
+
+// prepare checks p, fills in the defaults and packs it for the child.
+func prepare(p Process) (*handover, error) {
+	fail := func(step string, err error) (*handover, error) {
+		return nil, &SetupError{Step: step, Err: err}
+	}
+	if err := check(p); err != nil {
+		return nil, err
+	}
+	if p.Hostname == "" {
+		p.Hostname = "buildkitsandbox"
+	}
+	if p.Dir == "" {
+		p.Dir = "/"
+	}
+	if p.ShmSize == 0 {
+		p.ShmSize = 64 << 20
+	}
+	hosts, err := hostsFile(p.Hostname, p.ExtraHosts)
+	if err != nil {
+		return fail("make /etc/hosts", err)
+	}
+	resolv, err := os.ReadFile("/etc/resolv.conf")
+	if err != nil && !os.IsNotExist(err) {
+		return fail("read resolv.conf", err)
+	}
+	var filter []byte
+	if !p.Insecure {
+		if filter, err = seccompFilter(); err != nil {
+			return fail("compile seccomp filter", err)
+		}
+	}
+	h := &handover{Process: p, blobs: [][]byte{hosts, resolv, filter}}
+	h.Process.Mounts = append([]Mount(nil), p.Mounts...)
+	for i := range h.Process.Mounts {
+		m := &h.Process.Mounts[i]
+		h.blobs = append(h.blobs, m.Data)
+		m.Data = nil
+	}
+	return h, nil
+}
+
+// check finds what can be known to be wrong before a process is made.
+func check(p Process) error {
+	fail := func(format string, args ...any) error {
+		return &SetupError{Step: "check", Err: fmt.Errorf(format, args...)}
+	}
+	if len(p.Args) == 0 {
+		return fail("no command")
+	}
+	if err := p.Root.check(); err != nil {
+		return fail("root: %w", err)
+	}
+	switch p.Network {
+	case "", NetworkDefault, NetworkHost, NetworkNone:
+	default:
+		return fail("network %q: not one of default, host, none", p.Network)
+	}
+	for _, m := range p.Mounts {
+		if !path.IsAbs(m.Target) || path.Clean(m.Target) == "/" {
+			return fail("mount target %q: not an absolute path below /", m.Target)
+		}
+		if m.Type == Overlay {
+			if err := m.Root.check(); err != nil {
+				return fail("mount %s: %w", m.Target, err)
+			}
+		}
+	}
+	for _, u := range p.Ulimits {
+		if _, ok := limits(u.Name); !ok {
+			return fail("ulimit %q: no such limit", u.Name)
+		}
+	}
+	return nil
+}
+
+func (r Root) check() error {
+	if len(r.Lower) == 0 {
+		return fmt.Errorf("no lower directory")
+	}
+	if (r.Upper == "") != (r.Work == "") {
+		return fmt.Errorf("upper without work directory, or the reverse")
+	}
+	return nil
+}
+
+// hostsFile writes the lines that BuildKit writes.
+func hostsFile(hostname string, extra []string) ([]byte, error) {
+	var b bytes.Buffer
+	fmt.Fprintf(&b, "127.0.0.1\tlocalhost %s\n::1\tlocalhost ip6-localhost ip6-loopback\n", hostname)
+	for _, h := range extra {
+		name, ip, ok := strings.Cut(h, "=")
+		if !ok {
+			name, ip, ok = strings.Cut(h, ":")
+		}
+		if !ok || name == "" || strings.ContainsAny(name, " \t\r\n#") {
+			return nil, fmt.Errorf("host %q: not name:ip", h)
+		}
+		addr, err := netip.ParseAddr(strings.TrimSuffix(strings.TrimPrefix(ip, "["), "]"))
+		if err != nil {
+			return nil, fmt.Errorf("host %q: %w", h, err)
+		}
+		fmt.Fprintf(&b, "%s\t%s\n", addr, name)
+	}
+	return b.Bytes(), nil
+}
+
+// send writes the handover and closes w.
+func (h *handover) send(w *os.File) error {
+	defer w.Close()
+	h.Lengths = h.Lengths[:0]
+	for _, b := range h.blobs {
+		h.Lengths = append(h.Lengths, len(b))
+	}
+	head, err := json.Marshal(h)
+	if err != nil {
+		return err
+	}
+	msg := binary.LittleEndian.AppendUint32(nil, uint32(len(head)))
+	msg = append(msg, head...)
+	for _, b := range h.blobs {
+		msg = append(msg, b...)
+	}
+	_, err = w.Write(msg)
+	return err
+}
+
+// receive is the child's half of send.
+func receive(r io.Reader) (*handover, error) {
+	all, err := io.ReadAll(io.LimitReader(r, maxHandover))
+	if err != nil {
+		return nil, err
+	}
+	if len(all) < 4 {
+		return nil, io.ErrUnexpectedEOF
+	}
+	n := int(binary.LittleEndian.Uint32(all))
+	all = all[4:]
+	if n > len(all) {
+		return nil, io.ErrUnexpectedEOF
+	}
+	h := &handover{}
+	if err := json.Unmarshal(all[:n], h); err != nil {
+		return nil, err
+	}
+	all = all[n:]
+	for _, n := range h.Lengths {
+		if n < 0 || n > len(all) {
+			return nil, io.ErrUnexpectedEOF
+		}
+		h.blobs = append(h.blobs, all[:n:n])
+		all = all[n:]
+	}
+	if len(h.blobs) != blobData+len(h.Process.Mounts) {
+		return nil, io.ErrUnexpectedEOF
+	}
+	return h, nil
+}
+
+// report is what a child says when it cannot become the process.
+type report struct {
+	Step  string
+	Text  string
+	Errno syscall.Errno
+	Code  int // not 0: the command itself cannot be executed
+}
+
+// starting goes before the execution, so that a child that died in its set-up
+// is not taken for a process that failed.
+const starting = 'x'
+
+func readReport(r io.Reader) (started bool, failure *report) {
+	all, err := io.ReadAll(io.LimitReader(r, 1<<20))
+	if err != nil {
+		return false, nil
+	}
+	if len(all) > 0 && all[0] == starting {
+		started, all = true, all[1:]
+	}
+	if len(all) == 0 {
+		return started, nil
+	}
+	failure = &report{}
+	if err := json.Unmarshal(all, failure); err != nil {
+		return false, nil
+	}
+	return started, failure
+}
+
+func (f *report) error(args []string) error {
+	if f.Code != 0 {
+		return &ExitError{Args: args, Code: f.Code, Reason: f.Text}
+	}
+	return &SetupError{Step: f.Step, Err: &cause{text: f.Text, errno: f.Errno}}
+}
+
+// cause is an error that came through a pipe and still compares to its errno.
+type cause struct {
+	text  string
+	errno syscall.Errno
+}
+
+func (c *cause) Error() string { return c.text }
+
+func (c *cause) Unwrap() error {
+	if c.errno == 0 {
+		return nil
+	}
+	return c.errno
+}

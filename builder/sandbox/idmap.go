@@ -1,0 +1,180 @@
+package sandbox
+
+import (
+	"bufio"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"os/exec"
+	"os/user"
+	"strconv"
+	"strings"
+
+	"github.com/moby/sys/capability"
+)
+
+// idRange is a line of a map: count IDs from inside on are those from outside
+// on in the parent namespace.
+type idRange struct{ inside, outside, count int }
+
+// idMap is one way to give a user namespace its IDs.
+type idMap struct {
+	how      string
+	uid, gid []idRange
+	write    func(pid int) error
+	err      error // why this way is closed
+}
+
+func (m idMap) single() bool { return len(m.uid) == 1 && m.uid[0].count == 1 }
+
+// idMaps lists the ways, the best first.
+func idMaps() []idMap {
+	return []idMap{ownMap(), helperMap(), oneID()}
+}
+
+// ownMap keeps all IDs as they are: what a container's root may do without
+// any helper.
+func ownMap() idMap {
+	if os.Geteuid() != 0 || !has(capability.CAP_SETUID) || !has(capability.CAP_SETGID) {
+		return idMap{err: errors.New("not root with SETUID and SETGID")}
+	}
+	m := idMap{how: "own capabilities map all IDs"}
+	if m.uid, m.err = sameIDs("/proc/self/uid_map"); m.err != nil {
+		return m
+	}
+	m.gid, m.err = sameIDs("/proc/self/gid_map")
+	m.write = func(pid int) error { return m.writeFiles(pid, "") }
+	return m
+}
+
+func sameIDs(file string) ([]idRange, error) {
+	ranges, err := readMap(file)
+	for i := range ranges {
+		ranges[i].outside = ranges[i].inside
+	}
+	return ranges, err
+}
+
+func readMap(file string) (ranges []idRange, err error) {
+	b, err := os.ReadFile(file)
+	if err != nil {
+		return nil, err
+	}
+	for line := range strings.Lines(string(b)) {
+		var r idRange
+		if _, err := fmt.Sscan(line, &r.inside, &r.outside, &r.count); err != nil {
+			return nil, fmt.Errorf("read %s: %w", file, err)
+		}
+		ranges = append(ranges, r)
+	}
+	return ranges, nil
+}
+
+// helperMap maps root to the user and the others to what /etc/subuid and
+// /etc/subgid grant, by the set-user-ID helpers.
+func helperMap() idMap {
+	uids, err := granted("/etc/subuid")
+	if err != nil {
+		return idMap{err: err}
+	}
+	gids, err := granted("/etc/subgid")
+	if err != nil {
+		return idMap{err: err}
+	}
+	m := idMap{
+		how: "newuidmap maps the range of /etc/subuid",
+		uid: append([]idRange{{0, os.Geteuid(), 1}}, uids...),
+		gid: append([]idRange{{0, os.Getegid(), 1}}, gids...),
+	}
+	for _, helper := range []string{"newuidmap", "newgidmap"} {
+		if _, err := exec.LookPath(helper); err != nil {
+			return idMap{err: fmt.Errorf("%s is not installed (package uidmap or shadow-utils)", helper)}
+		}
+	}
+	m.write = func(pid int) error {
+		if err := help("newuidmap", pid, m.uid); err != nil {
+			return err
+		}
+		return help("newgidmap", pid, m.gid)
+	}
+	return m
+}
+
+// granted reads the ranges that a file of subordinate IDs gives this user.
+func granted(file string) (ranges []idRange, err error) {
+	id := strconv.Itoa(os.Getuid())
+	name := id
+	if u, err := user.LookupId(id); err == nil {
+		name = u.Username
+	}
+	f, err := os.Open(file)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, err
+	}
+	defer f.Close()
+	inside := 1
+	for s := bufio.NewScanner(f); s.Scan(); {
+		who, rest, _ := strings.Cut(strings.TrimSpace(s.Text()), ":")
+		start, count, ok := strings.Cut(rest, ":")
+		if !ok || who != name && who != id {
+			continue
+		}
+		first, err1 := strconv.Atoi(start)
+		n, err2 := strconv.Atoi(count)
+		if err1 != nil || err2 != nil || first <= 0 || n <= 0 {
+			continue
+		}
+		ranges = append(ranges, idRange{inside, first, n})
+		inside += n
+	}
+	if ranges == nil {
+		return nil, fmt.Errorf("%s grants %s no IDs (usermod --add-subuids 100000-165535 --add-subgids 100000-165535 %s)", file, name, name)
+	}
+	return ranges, nil
+}
+
+func help(helper string, pid int, ranges []idRange) error {
+	args := []string{strconv.Itoa(pid)}
+	for _, r := range ranges {
+		args = append(args, strconv.Itoa(r.inside), strconv.Itoa(r.outside), strconv.Itoa(r.count))
+	}
+	out, err := exec.Command(helper, args...).CombinedOutput()
+	if err != nil {
+		return fmt.Errorf("%s: %w: %s", helper, err, strings.TrimSpace(string(out)))
+	}
+	return nil
+}
+
+// oneID maps root to the user and nobody else, which everybody may do.
+func oneID() idMap {
+	m := idMap{
+		how: "only one ID, the user's own",
+		uid: []idRange{{0, os.Geteuid(), 1}},
+		gid: []idRange{{0, os.Getegid(), 1}},
+	}
+	m.write = func(pid int) error { return m.writeFiles(pid, "deny") }
+	return m
+}
+
+// writeFiles writes the maps through /proc. Whoever may not change groups has
+// to say so first.
+func (m idMap) writeFiles(pid int, setgroups string) error {
+	dir := "/proc/" + strconv.Itoa(pid)
+	if setgroups != "" {
+		if err := os.WriteFile(dir+"/setgroups", []byte(setgroups), 0); err != nil {
+			return err
+		}
+	}
+	if err := os.WriteFile(dir+"/uid_map", lines(m.uid), 0); err != nil {
+		return err
+	}
+	return os.WriteFile(dir+"/gid_map", lines(m.gid), 0)
+}
+
+func lines(ranges []idRange) (b []byte) {
+	for _, r := range ranges {
+		b = fmt.Appendf(b, "%d %d %d\n", r.inside, r.outside, r.count)
+	}
+	return b
+}

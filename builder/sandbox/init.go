@@ -1,0 +1,218 @@
+package sandbox
+
+import (
+	"encoding/json"
+	"errors"
+	"math"
+	"os"
+	"runtime"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+)
+
+// Init must be the first call in main. In a child started by [Run] it sets the
+// sandbox up, becomes the process and does not return; in one started by
+// [Enter] it waits until the user namespace is ready. Otherwise it does
+// nothing.
+func Init() {
+	switch {
+	case len(os.Args) == 0:
+	case os.Args[0] == childName:
+		// Namespaces are the process's, but capabilities, users and seccomp
+		// belong to the thread: it must be the one that executes.
+		runtime.LockOSThread()
+		tell(become())
+		os.Exit(1)
+	case os.Args[0] == probeName:
+		os.Exit(probed())
+	default:
+		awaitMaps()
+	}
+}
+
+// become turns this process into the one it was made for. It returns only if
+// that cannot be done.
+func become() error {
+	order := os.NewFile(orderFD, "order")
+	unix.CloseOnExec(reportFD)
+	h, err := receive(order)
+	order.Close()
+	if err != nil {
+		return at("read the order", err)
+	}
+	// Whatever filo was started with, and what is opened from here on, is not
+	// the process's.
+	if err := unix.CloseRange(orderFD, math.MaxUint32, unix.CLOSE_RANGE_CLOEXEC); err != nil {
+		return at("close inherited files", err)
+	}
+	unix.Umask(0)
+	if err := enterRoot(h); err != nil {
+		return err
+	}
+	if err := unix.Sethostname([]byte(h.Process.Hostname)); err != nil {
+		return at("set hostname", err)
+	}
+	if h.Process.Network == NetworkNone {
+		if err := loopbackUp(); err != nil {
+			return at("bring up lo", err)
+		}
+	}
+	dir, err := workingDirectory(h.Process.Dir)
+	if err != nil {
+		return at("open working directory "+h.Process.Dir, err)
+	}
+	unix.Umask(0o022)
+	if err := dropPowers(h.Process, h.blobs[blobFilter]); err != nil {
+		return err
+	}
+	if err := unix.Fchdir(dir); err != nil {
+		return at("change to working directory "+h.Process.Dir, err)
+	}
+	return execute(h.Process)
+}
+
+// enterRoot makes every mount while the host is still in sight, then leaves
+// the host behind and puts them in place inside the root, where no path leads
+// out.
+func enterRoot(h *handover) error {
+	// Nothing mounted here may appear on the host.
+	private := unix.MountAttr{Propagation: unix.MS_PRIVATE}
+	if err := unix.MountSetattr(unix.AT_FDCWD, "/", unix.AT_RECURSIVE, &private); err != nil {
+		return at("make mounts private", kernelTooOld(err))
+	}
+	// What is mounted over / covers nothing: paths start below it.
+	anchor, err := unix.Open("/", unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return at("open /", err)
+	}
+	s, err := newStage(h, anchor)
+	if err != nil {
+		return err
+	}
+	root, err := s.root(h.Process.Root)
+	if err != nil {
+		return at("mount root", err)
+	}
+	std, err := s.standard(h.Process)
+	if err != nil {
+		return err
+	}
+	extra, err := s.mounts(h.Process.Mounts)
+	if err != nil {
+		return err
+	}
+	if err := attach(root, anchor); err != nil {
+		return at("attach root", err)
+	}
+	if err := pivot(root); err != nil {
+		return at("change root", err)
+	}
+	in, err := openInside(root)
+	if err != nil {
+		return at("open root", err)
+	}
+	if err := in.place(std); err != nil {
+		return err
+	}
+	if !h.Process.Insecure {
+		if err := in.mask(s.empty); err != nil {
+			return err
+		}
+	}
+	return in.place(extra)
+}
+
+// pivot makes root the root and unmounts the old one, which for a moment lies
+// on top of the new one, and on it whatever was mounted over the host's root:
+// the stage, and in odd containers more. From the root, ".." leads to the
+// topmost of them, so only when it leads nowhere is the host out of reach.
+func pivot(root int) error {
+	if err := unix.Fchdir(root); err != nil {
+		return err
+	}
+	if err := unix.PivotRoot(".", "."); err != nil {
+		return err
+	}
+	for range 32 {
+		if over, err := overmounted(root); err != nil || !over {
+			return err
+		}
+		if err := unix.Unmount(".", unix.MNT_DETACH); err != nil {
+			return err
+		}
+	}
+	return errors.New("old root cannot be unmounted")
+}
+
+func overmounted(root int) (bool, error) {
+	top, err := unix.Open("/..", unix.O_PATH|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return false, err
+	}
+	defer unix.Close(top)
+	a, err := mountID(top)
+	if err != nil {
+		return false, err
+	}
+	b, err := mountID(root)
+	return a != b, err
+}
+
+func loopbackUp() error {
+	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return err
+	}
+	defer unix.Close(fd)
+	req, err := unix.NewIfreq("lo")
+	if err != nil {
+		return err
+	}
+	req.SetUint16(unix.IFF_UP)
+	return unix.IoctlIfreq(fd, unix.SIOCSIFFLAGS, req)
+}
+
+// failed is a step of the set-up that did not work.
+type failed struct {
+	step string
+	err  error
+}
+
+func (f *failed) Error() string { return f.step + ": " + f.err.Error() }
+
+func (f *failed) Unwrap() error { return f.err }
+
+// at names the step an error came from; without an error there is none.
+func at(step string, err error) error {
+	if err == nil {
+		return nil
+	}
+	return &failed{step, err}
+}
+
+func kernelTooOld(err error) error {
+	if errors.Is(err, unix.ENOSYS) {
+		return &cause{text: "Linux 5.12 or newer is needed", errno: unix.ENOSYS}
+	}
+	return err
+}
+
+// tell sends an error to the parent.
+func tell(err error) {
+	r := report{Step: "start", Text: err.Error()}
+	var f *failed
+	if errors.As(err, &f) {
+		r.Step, r.Text = f.step, f.err.Error()
+	}
+	var x *notExecutable
+	if errors.As(err, &x) {
+		r.Code = x.code
+	}
+	errors.As(err, &r.Errno)
+	b, err := json.Marshal(r)
+	if err != nil {
+		return
+	}
+	syscall.Write(reportFD, b)
+}
