@@ -30,4 +30,15 @@ type Entry struct {
 	Major, Minor uint32            // of Char and Block
 	Xattrs       map[string]string // only "user.*" and "security.capability"; nil for none
 	ModTime      int64             // seconds since the epoch: layers carry whole seconds
+	Implied      bool              // a directory that the layer only names as the parent of its entries; in listings, never stored
 }
+
+// Same reports whether e and o describe the same file at the same path with the same content. Of directories the
+// modification time does not count: it changes with what they hold.
+func (e Entry) Same(o Entry) bool {
+	return e.Type == o.Type && e.Digest == o.Digest && sameAttributes(&e, &o)
+}
+
+// ComparePaths orders paths as entries are ordered in a layer: component by component, so that what a directory holds
+// follows it directly. "." is first.
+func ComparePaths(a, b string) int { return comparePaths(a, b) }

@@ -1,0 +1,475 @@
+package layer
+
+import (
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"hash"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+)
+
+// Blobs are not synced to disk before they are renamed: a build would wait
+// for the disk although most blobs never meet a power cut. Every reader
+// verifies size and digest instead; a blob that does not match is removed, and
+// made or fetched again when it is next needed.
+
+// promise is a blob of a layer that can be fetched.
+type promise struct {
+	desc  ocispec.Descriptor
+	fetch func(context.Context) (io.ReadCloser, error)
+}
+
+// Promise says that the blob d of l can be had from fetch. It is fetched when
+// something needs it, at most once; then digest, size and diff ID are
+// verified, the blob is stored and the layer indexed. fetch may be called
+// from any goroutine until the store is closed.
+func (s *Store) Promise(l Layer, d ocispec.Descriptor, fetch func(context.Context) (io.ReadCloser, error)) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.promised[d.Digest] = l
+	list := s.promises[l.DiffID]
+	i := slices.IndexFunc(list, func(p promise) bool { return p.desc.Digest == d.Digest })
+	if i >= 0 {
+		list = slices.Delete(slices.Clone(list), i, i+1)
+	}
+	// The newest first: it is the one that the caller knows to work now.
+	s.promises[l.DiffID] = append([]promise{{d, fetch}}, list...)
+}
+
+func (s *Store) promisesOf(l Layer) []promise {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.promises[l.DiffID]
+}
+
+// storedBlob is one line of layers/<hex>/blobs.
+type storedBlob struct {
+	Algorithm  string             `json:"algorithm"`
+	Level      int                `json:"level,omitempty"` // 0 for a blob that filo did not compress
+	Descriptor ocispec.Descriptor `json:"descriptor"`
+}
+
+// suits says whether b is what c asks for; a blob of unknown level is unless a
+// level was asked for.
+func (b storedBlob) suits(c Compression, asked Compression) bool {
+	if b.Algorithm != c.Algorithm {
+		return false
+	}
+	return b.Level == c.Level || asked.Level == 0
+}
+
+// Blob returns the descriptor of a blob of l, with an OCI media type. A blob
+// that exists or is promised is preferred to making one; with force only if
+// it is compressed as c says. A promised blob is not fetched. A new blob is
+// made from another one or from the tree, and must have l's diff ID.
+func (s *Store) Blob(ctx context.Context, l Layer, c Compression, force bool) (ocispec.Descriptor, error) {
+	fail := func(err error) (ocispec.Descriptor, error) {
+		return ocispec.Descriptor{}, fmt.Errorf("compress layer %s: %w", l.DiffID, err)
+	}
+	if err := checkDigest(l.DiffID); err != nil {
+		return fail(err)
+	}
+	want, err := c.normal()
+	if err != nil {
+		return fail(err)
+	}
+	if d, ok := s.existingBlob(l, want, c, force); ok {
+		return d, nil
+	}
+	unlock, err := s.Lock(ctx, "blob "+l.DiffID.String())
+	if err != nil {
+		return fail(err)
+	}
+	defer unlock()
+	if d, ok := s.existingBlob(l, want, c, force); ok {
+		return d, nil
+	}
+	if err := s.makeBlob(ctx, l, want); err != nil {
+		return fail(err)
+	}
+	if d, ok := s.existingBlob(l, want, c, true); ok {
+		return d, nil
+	}
+	return fail(errors.New("blob vanished"))
+}
+
+func (s *Store) existingBlob(l Layer, c, asked Compression, force bool) (ocispec.Descriptor, bool) {
+	var other ocispec.Descriptor
+	for _, b := range s.storedBlobs(l) {
+		if b.Algorithm == c.Algorithm && b.Level == c.Level {
+			return b.Descriptor, true
+		}
+		if b.suits(c, asked) || other.Digest == "" && !force {
+			other = b.Descriptor
+		}
+	}
+	if other.Digest != "" {
+		return other, true
+	}
+	for _, p := range s.promisesOf(l) {
+		algorithm, err := algorithmOf(p.desc.MediaType)
+		if err == nil && (!force || storedBlob{Algorithm: algorithm}.suits(c, asked)) {
+			return ociDescriptor(p.desc, algorithm), true
+		}
+	}
+	return ocispec.Descriptor{}, false
+}
+
+func ociDescriptor(d ocispec.Descriptor, algorithm string) ocispec.Descriptor {
+	return ocispec.Descriptor{MediaType: mediaType(algorithm), Digest: d.Digest, Size: d.Size}
+}
+
+// makeBlob compresses l from a stored or promised blob, or from its tree.
+func (s *Store) makeBlob(ctx context.Context, l Layer, c Compression) error {
+	if len(s.storedBlobs(l)) == 0 {
+		err := s.rebuildFromTree(ctx, l, Sinks{Blob: &c})
+		if err == nil {
+			return nil
+		}
+		if len(s.promisesOf(l)) == 0 {
+			return err
+		}
+		if err := s.obtain(ctx, l, need{blob: s.promisesOf(l)[0].desc.Digest}); err != nil {
+			return err
+		}
+	}
+	var failed error
+	for _, b := range s.storedBlobs(l) {
+		err := s.recompress(ctx, l, b.Descriptor, c)
+		if err == nil {
+			return nil
+		}
+		failed = errors.Join(failed, err)
+	}
+	return failed
+}
+
+func (s *Store) rebuildFromTree(ctx context.Context, l Layer, k Sinks) error {
+	if !s.hasTree(l) {
+		return errNotHere
+	}
+	x, err := s.index(ctx, l)
+	if err != nil {
+		return err
+	}
+	return s.rebuild(ctx, l, k, x, s.treePath(l))
+}
+
+func (s *Store) recompress(ctx context.Context, l Layer, d ocispec.Descriptor, c Compression) error {
+	in, _, err := s.openStored(ctx, d.Digest)
+	if err != nil {
+		return err
+	}
+	defer in.Close()
+	src, _, err := decompressor(in)
+	if err != nil {
+		return err
+	}
+	defer src.Close()
+	dir, err := s.Temp("blob-")
+	if err != nil {
+		return err
+	}
+	defer removeAll(dir)
+	out, err := s.newBlobFile(dir, c)
+	if err != nil {
+		return err
+	}
+	defer out.close()
+	diff := sha256.New()
+	if _, err := io.CopyBuffer(io.MultiWriter(diff, out), src, make([]byte, copyBuffer)); err != nil {
+		return err
+	}
+	if sum := digest.NewDigest(digest.SHA256, diff); sum != l.DiffID {
+		return fmt.Errorf("blob %s holds %s", d.Digest, sum)
+	}
+	b, err := out.finish()
+	if err != nil {
+		return err
+	}
+	return s.putLayerBlob(ctx, l, out.path(), b)
+}
+
+// OpenBlob opens a stored or promised blob for reading and returns its size;
+// a promised one is fetched and verified first. The reader verifies as well:
+// at the end it returns an error instead of io.EOF if the blob is damaged. An
+// unknown blob is an error that wraps fs.ErrNotExist.
+func (s *Store) OpenBlob(ctx context.Context, dgst digest.Digest) (io.ReadCloser, int64, error) {
+	if err := checkDigest(dgst); err != nil {
+		return nil, 0, fmt.Errorf("open blob: %w", err)
+	}
+	r, size, err := s.openStored(ctx, dgst)
+	if err == nil {
+		return r, size, nil
+	}
+	s.mu.Lock()
+	l, promised := s.promised[dgst]
+	s.mu.Unlock()
+	if !promised || !errors.Is(err, fs.ErrNotExist) {
+		return nil, 0, fmt.Errorf("open blob: %w", err)
+	}
+	if err := s.obtain(ctx, l, need{blob: dgst}); err != nil {
+		return nil, 0, fmt.Errorf("open blob: %w", err)
+	}
+	return s.openStored(ctx, dgst)
+}
+
+func (s *Store) openStored(ctx context.Context, dgst digest.Digest) (io.ReadCloser, int64, error) {
+	path := s.blobPath(dgst)
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, 0, err
+	}
+	info, err := f.Stat()
+	if err != nil {
+		f.Close()
+		return nil, 0, err
+	}
+	s.touch(path)
+	v := newVerifier(ctx, f, dgst, info.Size())
+	return &blobReader{Reader: v, file: f, path: path}, info.Size(), nil
+}
+
+// blobReader removes its file if it turns out to be damaged.
+type blobReader struct {
+	io.Reader
+	file *os.File
+	path string
+}
+
+func (b *blobReader) Read(p []byte) (int, error) {
+	n, err := b.Reader.Read(p)
+	if errors.Is(err, errMismatch) {
+		_ = os.Remove(b.path)
+	}
+	return n, err
+}
+
+func (b *blobReader) Close() error { return b.file.Close() }
+
+// PutBlob stores a small blob, such as a manifest or config. It is on disk
+// when PutBlob returns.
+func (s *Store) PutBlob(ctx context.Context, mediaType string, data []byte) (ocispec.Descriptor, error) {
+	d := ocispec.Descriptor{MediaType: mediaType, Digest: digest.FromBytes(data), Size: int64(len(data))}
+	path := s.blobPath(d.Digest)
+	if old, err := os.ReadFile(path); err == nil && bytes.Equal(old, data) {
+		s.touch(path)
+		return d, nil
+	}
+	if err := s.putSynced(path, data); err != nil {
+		return d, fmt.Errorf("store blob %s: %w", d.Digest, err)
+	}
+	return d, nil
+}
+
+// putSynced: tags point at manifests, and a tag must not outlive what it names.
+func (s *Store) putSynced(path string, data []byte) error {
+	f, err := os.CreateTemp(s.tmp, "blob-")
+	if err != nil {
+		return err
+	}
+	_, err = f.Write(data)
+	err = errors.Join(err, f.Chmod(0o644), f.Sync(), f.Close())
+	if err == nil {
+		err = os.Rename(f.Name(), path)
+	}
+	if err != nil {
+		os.Remove(f.Name())
+	}
+	return err
+}
+
+// ReadBlob returns a small stored blob, verified. If it is absent, or damaged
+// and therefore removed, the error wraps fs.ErrNotExist. Promises are not
+// fetched.
+func (s *Store) ReadBlob(ctx context.Context, dgst digest.Digest) ([]byte, error) {
+	if err := checkDigest(dgst); err != nil {
+		return nil, fmt.Errorf("read blob: %w", err)
+	}
+	r, size, err := s.openStored(ctx, dgst)
+	if err != nil {
+		return nil, fmt.Errorf("read blob: %w", err)
+	}
+	defer r.Close()
+	if size > maxSmallBlob {
+		return nil, fmt.Errorf("read blob %s: %d bytes are too many for a manifest or config", dgst, size)
+	}
+	data, err := io.ReadAll(r)
+	if errors.Is(err, errMismatch) {
+		return nil, fmt.Errorf("read blob: %w (damaged, removed): %w", err, fs.ErrNotExist)
+	}
+	return data, err
+}
+
+const maxSmallBlob = 64 << 20
+
+func (s *Store) blobPath(d digest.Digest) string {
+	return filepath.Join(s.dir, "blobs", "sha256", hexOf(d))
+}
+
+// storedBlobs lists the blobs of l that are here and as long as they should
+// be. A damaged list is an empty one.
+func (s *Store) storedBlobs(l Layer) []storedBlob {
+	return slices.DeleteFunc(s.readBlobs(l), func(b storedBlob) bool {
+		info, err := os.Lstat(s.blobPath(b.Descriptor.Digest))
+		return err != nil || info.Size() != b.Descriptor.Size
+	})
+}
+
+func (s *Store) readBlobs(l Layer) []storedBlob {
+	data, err := os.ReadFile(filepath.Join(s.layerDir(l), "blobs"))
+	if err != nil {
+		return nil
+	}
+	var list []storedBlob
+	if json.Unmarshal(data, &list) != nil {
+		return nil
+	}
+	return list
+}
+
+// putLayerBlob moves a finished file to its place and notes it as a blob of l.
+func (s *Store) putLayerBlob(ctx context.Context, l Layer, file string, b storedBlob) error {
+	if err := os.Rename(file, s.blobPath(b.Descriptor.Digest)); err != nil {
+		return err
+	}
+	unlock, err := s.Lock(ctx, "blobs "+l.DiffID.String())
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	list := s.readBlobs(l)
+	same := func(o storedBlob) bool { return o.Descriptor.Digest == b.Descriptor.Digest }
+	if i := slices.IndexFunc(list, same); i >= 0 && (list[i].Level == b.Level || b.Level == 0) {
+		return nil
+	} else if i >= 0 {
+		list = slices.Delete(list, i, i+1)
+	}
+	data, err := json.Marshal(append(list, b))
+	if err != nil {
+		return err
+	}
+	return s.putFile(filepath.Join(s.layerDir(l), "blobs"), data)
+}
+
+// blobFile is a blob while it is written: compressed, hashed, counted.
+type blobFile struct {
+	file *os.File
+	c    Compression
+	z    io.WriteCloser
+	hash hash.Hash
+	size int64
+	done bool
+}
+
+func (s *Store) newBlobFile(dir string, c Compression) (*blobFile, error) {
+	c, err := c.normal()
+	if err != nil {
+		return nil, err
+	}
+	f, err := os.Create(filepath.Join(dir, "blob"))
+	if err != nil {
+		return nil, err
+	}
+	b := &blobFile{file: f, c: c, hash: sha256.New()}
+	if b.z, err = c.compressor(writerFunc(b.put)); err != nil {
+		f.Close()
+		return nil, err
+	}
+	return b, nil
+}
+
+type writerFunc func([]byte) (int, error)
+
+func (f writerFunc) Write(p []byte) (int, error) { return f(p) }
+
+func (b *blobFile) put(p []byte) (int, error) {
+	b.hash.Write(p)
+	b.size += int64(len(p))
+	return b.file.Write(p)
+}
+
+// Write takes uncompressed bytes.
+func (b *blobFile) Write(p []byte) (int, error) { return b.z.Write(p) }
+
+func (b *blobFile) path() string { return b.file.Name() }
+
+func (b *blobFile) finish() (storedBlob, error) {
+	b.done = true
+	if err := errors.Join(b.z.Close(), b.file.Chmod(0o644), b.file.Close()); err != nil {
+		return storedBlob{}, err
+	}
+	return storedBlob{b.c.Algorithm, b.c.Level, ocispec.Descriptor{
+		MediaType: mediaType(b.c.Algorithm),
+		Digest:    digest.NewDigest(digest.SHA256, b.hash),
+		Size:      b.size,
+	}}, nil
+}
+
+// close gives up an unfinished blob; it ends the compressor's goroutines.
+func (b *blobFile) close() {
+	if b.done {
+		return
+	}
+	b.done = true
+	_ = b.z.Close()
+	_ = b.file.Close()
+}
+
+var errMismatch = errors.New("content does not match its digest")
+
+// verifier passes bytes on and returns an error instead of io.EOF if they are
+// not those that were promised.
+type verifier struct {
+	ctx  context.Context
+	r    io.Reader
+	want digest.Digest
+	left int64
+	hash hash.Hash
+	err  error
+}
+
+func newVerifier(ctx context.Context, r io.Reader, want digest.Digest, size int64) *verifier {
+	return &verifier{ctx: ctx, r: r, want: want, left: size, hash: sha256.New()}
+}
+
+func (v *verifier) Read(p []byte) (int, error) {
+	if v.err != nil {
+		return 0, v.err
+	}
+	if v.ctx.Err() != nil {
+		return 0, context.Cause(v.ctx)
+	}
+	n, err := v.r.Read(p)
+	if int64(n) > v.left {
+		v.err = fmt.Errorf("%s: %w: longer than it should be", v.want, errMismatch)
+		return 0, v.err
+	}
+	v.hash.Write(p[:n])
+	v.left -= int64(n)
+	if err == io.EOF {
+		err = v.atEnd()
+	}
+	v.err = err
+	return n, err
+}
+
+func (v *verifier) atEnd() error {
+	if v.left > 0 {
+		return fmt.Errorf("%s: %w: %d bytes are missing", v.want, errMismatch, v.left)
+	}
+	if digest.NewDigest(digest.SHA256, v.hash) != v.want {
+		return fmt.Errorf("%s: %w", v.want, errMismatch)
+	}
+	return io.EOF
+}

@@ -1,0 +1,245 @@
+package layer
+
+import (
+	"bufio"
+	"bytes"
+	"fmt"
+	"io"
+	"runtime"
+	"strings"
+	"sync"
+
+	"github.com/klauspost/compress/gzip"
+	"github.com/klauspost/compress/zstd"
+	"github.com/klauspost/pgzip"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+)
+
+// Compression says how a blob is compressed.
+type Compression struct {
+	Algorithm string // Gzip if "", Zstd or Uncompressed
+	Level     int    // Gzip: 1 to 9, Zstd: 1 to 22; 0 is the default
+}
+
+// The algorithms of a [Compression].
+const (
+	Gzip         = "gzip"
+	Zstd         = "zstd"
+	Uncompressed = "uncompressed"
+)
+
+// Check says whether algorithm and level exist.
+func (c Compression) Check() error {
+	_, err := c.normal()
+	return err
+}
+
+// normal is c with its algorithm and level spelled out.
+func (c Compression) normal() (Compression, error) {
+	highest := 0
+	switch c.Algorithm {
+	case "", Gzip:
+		c.Algorithm, highest = Gzip, 9
+		if c.Level == 0 {
+			c.Level = 6
+		}
+	case Zstd:
+		highest = 22
+		if c.Level == 0 {
+			c.Level = 3
+		}
+	case Uncompressed:
+	default:
+		return c, fmt.Errorf("compression %q: not one of gzip, zstd, uncompressed", c.Algorithm)
+	}
+	if c.Level < 0 || c.Level > highest {
+		return c, fmt.Errorf("compression %s: level %d is not between 0 and %d", c.Algorithm, c.Level, highest)
+	}
+	return c, nil
+}
+
+func mediaType(algorithm string) string {
+	switch algorithm {
+	case Gzip:
+		return ocispec.MediaTypeImageLayerGzip
+	case Zstd:
+		return ocispec.MediaTypeImageLayerZstd
+	}
+	return ocispec.MediaTypeImageLayer
+}
+
+// algorithmOf reads the media type of a layer, OCI's or Docker's, of the
+// distributable or foreign kind.
+func algorithmOf(mediaType string) (string, error) {
+	switch {
+	case strings.HasPrefix(mediaType, "application/vnd.oci.image.layer."),
+		strings.HasPrefix(mediaType, "application/vnd.docker.image.rootfs."):
+	default:
+		return "", fmt.Errorf("media type %q: not a layer", mediaType)
+	}
+	_, kind, ok := strings.Cut(mediaType, ".tar")
+	if ok {
+		switch kind {
+		case "":
+			return Uncompressed, nil
+		case "+gzip", ".gzip":
+			return Gzip, nil
+		case "+zstd", ".zstd":
+			return Zstd, nil
+		}
+	}
+	return "", fmt.Errorf("media type %q: unknown kind of layer", mediaType)
+}
+
+// gzipBlock must not change, nor depend on the machine: it decides the bytes.
+const gzipBlock = 1 << 20
+
+// compressor writes c's form of what is written to it; c is normal. The same
+// input gives the same bytes whatever the number of processors.
+func (c Compression) compressor(w io.Writer) (io.WriteCloser, error) {
+	switch c.Algorithm {
+	case Gzip:
+		z, err := pgzip.NewWriterLevel(w, c.Level)
+		if err != nil {
+			return nil, err
+		}
+		// Each block in flight costs about 3 MiB.
+		return z, z.SetConcurrency(gzipBlock, min(runtime.GOMAXPROCS(0), 16))
+	case Zstd:
+		return zstd.NewWriter(w,
+			zstd.WithEncoderLevel(zstd.EncoderLevelFromZstd(c.Level)),
+			zstd.WithEncoderConcurrency(min(runtime.GOMAXPROCS(0), 4)))
+	}
+	return nopCloser{w}, nil
+}
+
+type nopCloser struct{ io.Writer }
+
+func (nopCloser) Close() error { return nil }
+
+// maxWindow bounds the memory that a zstd frame can demand; it is what the
+// zstd tool needs for its highest level.
+const maxWindow = 128 << 20
+
+// decompressor reads the tar in r. It goes by the first bytes, as media types
+// in registries are not always true, and no tar begins like a compressed file.
+// Decompression runs ahead in a goroutine of its own until Close.
+func decompressor(r io.Reader) (tar io.ReadCloser, algorithm string, err error) {
+	b := bufio.NewReaderSize(r, 128<<10)
+	magic, err := b.Peek(4)
+	if err != nil && err != io.EOF {
+		return nil, "", err
+	}
+	switch {
+	case bytes.HasPrefix(magic, []byte{0x1f, 0x8b}):
+		z, err := gzip.NewReader(b)
+		if err != nil {
+			return nil, "", err
+		}
+		return newReadAhead(z, func() {}), Gzip, nil
+	case bytes.Equal(magic, []byte{0x28, 0xb5, 0x2f, 0xfd}), skippable(magic):
+		z, err := zstd.NewReader(b, zstd.WithDecoderConcurrency(1), zstd.WithDecoderMaxWindow(maxWindow))
+		if err != nil {
+			return nil, "", err
+		}
+		return newReadAhead(z, z.Close), Zstd, nil
+	}
+	return io.NopCloser(b), Uncompressed, nil
+}
+
+// skippable says whether magic begins a skippable zstd frame; zstd:chunked
+// and seekable blobs have such.
+func skippable(magic []byte) bool {
+	return len(magic) == 4 && magic[0]&0xf0 == 0x50 && bytes.Equal(magic[1:], []byte{0x2a, 0x4d, 0x18})
+}
+
+// readAhead reads from a reader in a goroutine, a few buffers ahead.
+type readAhead struct {
+	full   chan aheadChunk
+	empty  chan []byte
+	stop   chan struct{}
+	wait   sync.WaitGroup
+	once   sync.Once
+	buf    []byte // of the chunk that is being read
+	unread []byte
+	err    error
+}
+
+type aheadChunk struct {
+	buf []byte
+	n   int
+	err error
+}
+
+const (
+	aheadSize  = 256 << 10
+	aheadCount = 4
+)
+
+// newReadAhead calls done when the goroutine has ended.
+func newReadAhead(r io.Reader, done func()) *readAhead {
+	a := &readAhead{
+		full:  make(chan aheadChunk, aheadCount),
+		empty: make(chan []byte, aheadCount),
+		stop:  make(chan struct{}),
+	}
+	for range aheadCount {
+		a.empty <- nil // made when needed: most layers are small
+	}
+	a.wait.Add(1)
+	go func() {
+		defer a.wait.Done()
+		defer done()
+		a.fill(r)
+	}()
+	return a
+}
+
+func (a *readAhead) fill(r io.Reader) {
+	for {
+		var c aheadChunk
+		select {
+		case c.buf = <-a.empty:
+		case <-a.stop:
+			return
+		}
+		if c.buf == nil {
+			c.buf = make([]byte, aheadSize)
+		}
+		c.n, c.err = io.ReadFull(r, c.buf)
+		if c.err == io.ErrUnexpectedEOF && c.n > 0 {
+			// Could be ReadFull's or r's own; only r can tell.
+			_, c.err = r.Read(c.buf[c.n:])
+			if c.err == nil {
+				c.err = io.ErrUnexpectedEOF
+			}
+		}
+		a.full <- c
+		if c.err != nil {
+			return
+		}
+	}
+}
+
+func (a *readAhead) Read(p []byte) (int, error) {
+	for len(a.unread) == 0 {
+		if a.err != nil {
+			return 0, a.err
+		}
+		if a.buf != nil {
+			a.empty <- a.buf
+		}
+		c := <-a.full
+		a.buf, a.unread, a.err = c.buf, c.buf[:c.n], c.err
+	}
+	n := copy(p, a.unread)
+	a.unread = a.unread[n:]
+	return n, nil
+}
+
+// Close ends the goroutine, once the read it is in returns.
+func (a *readAhead) Close() error {
+	a.once.Do(func() { close(a.stop) })
+	a.wait.Wait()
+	return nil
+}

@@ -1,0 +1,357 @@
+// Package layer is the store of filo: layers as blobs, indexes and trees, kept
+// in a directory that is an OCI image layout and that any number of filo
+// processes share.
+//
+// A layer is a list of entries in canonical order ([Entry]); it is named by
+// the digest of its tar, the diff ID. What is kept of it:
+//
+//	blobs/sha256/<hex>        the tar, compressed or not (and manifests and configs)
+//	layers/<hex>/index        the entries, sorted and searchable, for ever
+//	layers/<hex>/tree         the layer unpacked as an overlay lower directory
+//	layers/<hex>/tree.json    under which boot and id map the tree was made
+//	layers/<hex>/blobs        which blobs hold it: JSON, algorithm, level, descriptor
+//	tmp/<process>, locks/     unfinished work and the files behind [Store.Lock]
+//
+// Everything appears by rename of a finished temporary; names are content
+// addressed, so that two processes that make the same thing do no harm.
+//
+// It never mounts, runs nothing, speaks to no network (a promised blob comes
+// from the caller's function) and knows neither Dockerfiles nor cache keys.
+//
+// Start at [Open]. writer.go makes layers, unpack.go reads foreign ones,
+// blob.go holds the compressed side, tree.go the unpacked one, index.go the
+// entry list, view.go stacks indexes, overlay.go and snapshot.go serve RUN,
+// prune.go throws away.
+package layer
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"sync"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"golang.org/x/sys/unix"
+)
+
+// Layer names a layer by the digest of its uncompressed tar.
+type Layer struct {
+	DiffID digest.Digest
+}
+
+// ChainID is the OCI chain ID of layers, lowest first; "" for none.
+func ChainID(layers []Layer) digest.Digest {
+	var id digest.Digest
+	for _, l := range layers {
+		if id == "" {
+			id = l.DiffID
+			continue
+		}
+		id = digest.FromString(id.String() + " " + l.DiffID.String())
+	}
+	return id
+}
+
+// Store holds layers and blobs in one directory. Its methods may be called
+// from any number of goroutines and processes.
+type Store struct {
+	dir    string
+	single bool
+	held   *os.File // shared lock on <dir>/lock: keeps Prune of other processes away
+	tmp    string   // this process's directory below tmp/
+	tmpFD  *os.File // exclusive lock on tmp: says that its owner lives
+	origin treeOrigin
+
+	mu       sync.Mutex
+	indexes  map[digest.Digest]*index
+	promises map[digest.Digest][]promise // by diff ID
+	promised map[digest.Digest]Layer     // by blob digest
+	turns    map[string]chan struct{}    // the goroutines' half of Lock
+	whole    map[digest.Digest]bool      // trees known to be whole
+}
+
+// Options of [Open].
+type Options struct {
+	SingleID bool // ownership can't be put on disk: EPERM from chown and mknod is ignored, the index keeps the truth
+}
+
+const readme = `This directory belongs to filo, a builder of container images.
+
+It is an OCI image layout: oci-layout, index.json and blobs/ can be read with
+any OCI tool. Beside it:
+
+  layers/   entry lists and unpacked trees of layers, by diff ID
+  steps/    what build steps made, by cache key
+  files/    digests of build context files, remembered by stat
+  mounts/   contents of RUN --mount=type=cache
+  sources/  fetched git and http sources
+  tmp/      unfinished work of running processes
+  locks/    files that processes lock to wait for one another
+  lock      held by every running filo
+
+All of it can be thrown away while no filo runs; builds then start afresh.
+`
+
+// Open opens the store in dir and makes it if it is missing. It waits while
+// another process prunes. What dead processes left in tmp/ is removed.
+func Open(dir string, o Options) (*Store, error) {
+	dir, err := filepath.Abs(dir)
+	if err != nil {
+		return nil, fmt.Errorf("open store: %w", err)
+	}
+	s := &Store{
+		dir: dir, single: o.SingleID,
+		indexes:  map[digest.Digest]*index{},
+		promises: map[digest.Digest][]promise{},
+		promised: map[digest.Digest]Layer{},
+		turns:    map[string]chan struct{}{},
+		whole:    map[digest.Digest]bool{},
+	}
+	for _, sub := range []string{"blobs/sha256", "layers", "tmp", "locks"} {
+		if err := os.MkdirAll(filepath.Join(dir, sub), 0o755); err != nil {
+			return nil, fmt.Errorf("open store: %w", err)
+		}
+	}
+	if s.held, err = openLock(filepath.Join(dir, "lock")); err != nil {
+		return nil, fmt.Errorf("open store: %w", err)
+	}
+	if err := flock(s.held, unix.LOCK_SH); err != nil {
+		s.held.Close()
+		return nil, fmt.Errorf("open store %s: %w", dir, err)
+	}
+	if err := s.makeLayout(); err != nil {
+		s.Close()
+		return nil, fmt.Errorf("open store %s: %w", dir, err)
+	}
+	s.origin = newTreeOrigin(o.SingleID)
+	return s, nil
+}
+
+func (s *Store) makeLayout() error {
+	sweep(filepath.Join(s.dir, "tmp"))
+	if err := s.makeTemp(); err != nil {
+		return err
+	}
+	for name, text := range map[string]string{
+		ocispec.ImageLayoutFile: `{"imageLayoutVersion":"1.0.0"}`,
+		"index.json":            `{"schemaVersion":2,"mediaType":"` + ocispec.MediaTypeImageIndex + `","manifests":[]}`,
+		"README":                readme,
+	} {
+		if err := s.putNew(name, text); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// putNew writes a file of the layout unless it is there.
+func (s *Store) putNew(name, text string) error {
+	path := filepath.Join(s.dir, name)
+	if _, err := os.Lstat(path); err == nil {
+		return nil
+	}
+	tmp := filepath.Join(s.tmp, name)
+	if err := os.WriteFile(tmp, []byte(text), 0o644); err != nil {
+		return err
+	}
+	defer os.Remove(tmp)
+	// A link, unlike a rename, can't replace what another process put there meanwhile.
+	if err := os.Link(tmp, path); err != nil && !errors.Is(err, fs.ErrExist) {
+		return err
+	}
+	return nil
+}
+
+// makeTemp makes and locks this process's directory below tmp/.
+func (s *Store) makeTemp() error {
+	for {
+		dir, err := os.MkdirTemp(filepath.Join(s.dir, "tmp"), "process-")
+		if err != nil {
+			return err
+		}
+		f, err := os.Open(dir)
+		if err != nil {
+			if errors.Is(err, fs.ErrNotExist) {
+				continue
+			}
+			return err
+		}
+		if err := flock(f, unix.LOCK_EX); err != nil {
+			f.Close()
+			return err
+		}
+		// A sweeper may have seen the directory before it was locked, and removed it.
+		if sameFile(f, dir) {
+			s.tmp, s.tmpFD = dir, f
+			return nil
+		}
+		f.Close()
+	}
+}
+
+// sweep removes what dead processes left in tmp. Errors are ignored: files of
+// another user's process can't be removed, and do no harm.
+func sweep(tmp string) (entries int, bytes int64) {
+	list, err := os.ReadDir(tmp)
+	if err != nil {
+		return 0, 0
+	}
+	for _, d := range list {
+		path := filepath.Join(tmp, d.Name())
+		f, err := os.OpenFile(path, unix.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
+		if err != nil {
+			continue
+		}
+		if flock(f, unix.LOCK_EX|unix.LOCK_NB) == nil {
+			size := diskUse(path)
+			if removeAll(path) == nil {
+				entries, bytes = entries+1, bytes+size
+			}
+		}
+		f.Close()
+	}
+	return entries, bytes
+}
+
+// Dir is the state directory, absolute.
+func (s *Store) Dir() string { return s.dir }
+
+// Temp makes a fresh directory on the store's file system. It is removed with
+// everything in it by Close, or by the next Open if this process dies.
+func (s *Store) Temp(pattern string) (string, error) {
+	dir, err := os.MkdirTemp(s.tmp, pattern)
+	if err != nil {
+		return "", fmt.Errorf("make temporary directory: %w", err)
+	}
+	return dir, nil
+}
+
+// Close removes this process's temporary files and gives up its locks. The
+// store must not be used after.
+func (s *Store) Close() error {
+	var err error
+	if s.tmp != "" {
+		err = removeAll(s.tmp)
+		s.tmpFD.Close()
+		s.tmp = ""
+	}
+	return errors.Join(err, s.held.Close())
+}
+
+// Has says whether the entries of l can be had: it is indexed here, or a blob
+// of it is here or promised.
+func (s *Store) Has(l Layer) bool {
+	s.mu.Lock()
+	known := s.indexes[l.DiffID] != nil || len(s.promises[l.DiffID]) > 0
+	s.mu.Unlock()
+	if known {
+		return true
+	}
+	if _, err := os.Lstat(filepath.Join(s.layerDir(l), "index")); err == nil {
+		return true
+	}
+	return len(s.storedBlobs(l)) > 0
+}
+
+// Lock waits until no other goroutine or process holds the lock called name,
+// and takes it. It is not reentrant. unlock may be called more than once. If
+// the process dies its locks are free.
+func (s *Store) Lock(ctx context.Context, name string) (unlock func(), err error) {
+	s.mu.Lock()
+	turn := s.turns[name]
+	if turn == nil {
+		turn = make(chan struct{}, 1)
+		s.turns[name] = turn
+	}
+	s.mu.Unlock()
+	select {
+	case turn <- struct{}{}:
+	case <-ctx.Done():
+		return nil, fmt.Errorf("lock %s: %w", name, context.Cause(ctx))
+	}
+	sum := sha256.Sum256([]byte(name))
+	f, err := lockFile(ctx, filepath.Join(s.dir, "locks", hex.EncodeToString(sum[:16])))
+	if err != nil {
+		<-turn
+		return nil, fmt.Errorf("lock %s: %w", name, err)
+	}
+	var once sync.Once
+	return func() { once.Do(func() { f.Close(); <-turn }) }, nil
+}
+
+// lockFile polls, because a flock that waits can't be called off.
+func lockFile(ctx context.Context, path string) (*os.File, error) {
+	f, err := openLock(path)
+	if err != nil {
+		return nil, err
+	}
+	for wait := time.Millisecond; ; wait = min(2*wait, 50*time.Millisecond) {
+		err := flock(f, unix.LOCK_EX|unix.LOCK_NB)
+		if err == nil {
+			return f, nil
+		}
+		if !errors.Is(err, unix.EWOULDBLOCK) {
+			f.Close()
+			return nil, err
+		}
+		select {
+		case <-time.After(wait):
+		case <-ctx.Done():
+			f.Close()
+			return nil, context.Cause(ctx)
+		}
+	}
+}
+
+func openLock(path string) (*os.File, error) {
+	return os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o644)
+}
+
+func flock(f *os.File, how int) error {
+	for {
+		err := unix.Flock(int(f.Fd()), how)
+		if err != unix.EINTR {
+			return err
+		}
+	}
+}
+
+func sameFile(f *os.File, path string) bool {
+	a, err := f.Stat()
+	if err != nil {
+		return false
+	}
+	b, err := os.Lstat(path)
+	return err == nil && os.SameFile(a, b)
+}
+
+// layerDir is where files of l are kept. Of a malformed diff ID it is a path
+// at which nothing ever is.
+func (s *Store) layerDir(l Layer) string {
+	return filepath.Join(s.dir, "layers", hexOf(l.DiffID))
+}
+
+// hexOf is the file name of a digest; only sha256 is stored.
+func hexOf(d digest.Digest) string {
+	if checkDigest(d) != nil {
+		return "invalid"
+	}
+	return d.Encoded()
+}
+
+func checkDigest(d digest.Digest) error {
+	if err := d.Validate(); err != nil {
+		return fmt.Errorf("digest %q: %w", string(d), err)
+	}
+	if d.Algorithm() != digest.SHA256 {
+		return fmt.Errorf("digest %s: only sha256 is supported", d)
+	}
+	return nil
+}
