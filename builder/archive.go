@@ -75,7 +75,7 @@ func (x *extraction) member(hdr *tar.Header, r io.Reader) error {
 	}
 	n := node{Entry: layer.Entry{
 		Path: at, Mode: uint32(hdr.Mode) & 0o7777, UID: hdr.Uid, GID: hdr.Gid, ModTime: hdr.ModTime.Unix(),
-		Xattrs: layer.PAXXattrs(hdr.PAXRecords),
+		Xattrs: layer.HeaderXattrs(hdr),
 	}}
 	if x.owner != nil {
 		n.UID, n.GID = x.owner.uid, x.owner.gid

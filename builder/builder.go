@@ -45,6 +45,7 @@ type Request struct {
 	FileName string            // as errors show it
 	Context  fs.FS             // the build context, ignore file applied; nil is an empty one
 	Root     string            // absolute path of Context if it is a local directory: digests of its files are remembered
+	Ignore   []string          // patterns of the ignore file that Context has applied, for the build checks
 	Named    map[string]Named  // --build-context
 	Open     Opener            // opens what ADD names by URL; nil refuses URLs
 	Target   string            // --target; "" is the last stage

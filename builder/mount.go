@@ -6,6 +6,7 @@ import (
 	"crypto/sha256"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"path"
 	"path/filepath"
@@ -273,15 +274,7 @@ func (w *walk) fill(ctx context.Context, dir string, m mount) error {
 // begin makes dir what a cache mount is at its beginning.
 func (w *walk) begin(ctx context.Context, dir string, m mount) error {
 	if m.HasFrom {
-		l, at, err := w.materialise(ctx, m.source)
-		if err != nil {
-			return err
-		}
-		tree, err := w.Store.Tree(ctx, l)
-		if err != nil {
-			return err
-		}
-		if err := copyTree(filepath.Join(tree, at), dir); err != nil {
+		if err := w.copyOut(ctx, &m.source[0], dir); err != nil {
 			return err
 		}
 	} else if err := os.Mkdir(dir, 0o700); err != nil {
@@ -293,9 +286,71 @@ func (w *walk) begin(ctx context.Context, dir string, m mount) error {
 		}
 	}
 	if m.HasFrom && m.Mode == nil {
-		return nil
+		return nil // the mode of the source
 	}
 	return os.Chmod(dir, fileMode(deref(m.Mode, 0o755)))
+}
+
+// copyOut writes the directory src to the new directory dir.
+func (w *walk) copyOut(ctx context.Context, src *picked, dir string) error {
+	if !src.isDir() {
+		return fmt.Errorf("source %s: not a directory", src.name)
+	}
+	for _, f := range src.files {
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		if err := w.copyOutFile(src, f, filepath.Join(dir, f.Path)); err != nil {
+			return err
+		}
+	}
+	for _, f := range slices.Backward(src.files) { // a directory's own mode may forbid to fill it
+		if f.Type == layer.Dir {
+			if err := os.Chmod(filepath.Join(dir, f.Path), fileMode(f.Mode)); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// copyOutFile writes one file of src to at, where nothing is. Above it are only directories that copyOut made.
+func (w *walk) copyOutFile(src *picked, f file, at string) error {
+	switch f.Type {
+	case layer.Dir:
+		if err := os.Mkdir(at, 0o700); err != nil {
+			return err
+		}
+	case layer.Symlink:
+		if err := os.Symlink(f.Link, at); err != nil {
+			return err
+		}
+	case layer.Regular:
+		if err := writeFile(src, f, at); err != nil {
+			return err
+		}
+	default:
+		w.warn("cache mount: /%s is a special file and left out", f.Path)
+		return nil
+	}
+	if w.req.SingleID {
+		return nil
+	}
+	return os.Lchown(at, f.UID, f.GID)
+}
+
+func writeFile(src *picked, f file, at string) error {
+	r, err := src.open(path.Join(src.root, f.Path))
+	if err != nil {
+		return err
+	}
+	defer r.Close()
+	out, err := os.OpenFile(at, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+	if err != nil {
+		return err
+	}
+	_, err = io.Copy(out, r)
+	return errors.Join(err, out.Chmod(fileMode(f.Mode)), out.Close())
 }
 
 // emptied reports whether this build has not emptied dir yet, and notes that it does so now.

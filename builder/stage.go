@@ -86,6 +86,7 @@ func (b *build) parse(p ocispec.Platform) (*walk, error) {
 	f, err := dockerfile.Parse(bytes.NewReader(b.req.File), dockerfile.Args{
 		Name: b.req.FileName, Build: b.req.Args, Labels: b.req.Labels, Target: b.req.Target, Epoch: b.req.Epoch,
 		BuildPlatform: platforms.Normalize(platforms.DefaultSpec()), TargetPlatform: p, Contexts: sortedKeys(b.req.Named),
+		Ignore: b.req.Ignore,
 	})
 	if err != nil {
 		return nil, err

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"hash"
 	"io"
+	"io/fs"
 	"maps"
 	"math"
 	"os"
@@ -81,14 +82,26 @@ func (s *Store) obtainFrom(ctx context.Context, l Layer, n need, x *index, dir s
 		failed = errors.Join(failed, err)
 		removeAll(filepath.Join(dir, "new"))
 	}
-	old := filepath.Join(dir, "old")
-	if _, err := os.Lstat(old); err == nil && x != nil && n.tree && n.blob == "" {
-		return errors.Join(failed, s.rebuild(ctx, l, Sinks{Tree: true}, x, old))
+	if n.blob == "" {
+		if err := s.obtainFromTree(ctx, l, x, filepath.Join(dir, "old")); err == nil {
+			return nil
+		} else if !errors.Is(err, fs.ErrNotExist) {
+			failed = errors.Join(failed, err)
+		}
 	}
 	if failed == nil {
 		failed = errNotHere
 	}
 	return failed
+}
+
+// obtainFromTree makes a tree that can't be trusted, moved to old, or an index
+// that is damaged again from the other of the two.
+func (s *Store) obtainFromTree(ctx context.Context, l Layer, x *index, old string) error {
+	if x != nil {
+		return s.rebuild(ctx, l, Sinks{Tree: true}, x, old)
+	}
+	return s.reindex(ctx, l)
 }
 
 // origin is a blob to unpack l from.
@@ -355,7 +368,7 @@ const (
 func entryOf(h *tar.Header) (Entry, error) {
 	e := Entry{
 		Mode: uint32(h.Mode & 0o7777), UID: h.Uid, GID: h.Gid,
-		ModTime: h.ModTime.Unix(), Xattrs: headerXattrs(h),
+		ModTime: h.ModTime.Unix(), Xattrs: HeaderXattrs(h),
 	}
 	if e.UID < 0 || e.GID < 0 || e.UID > math.MaxUint32-1 || e.GID > math.MaxUint32-1 {
 		return e, fmt.Errorf("owner %d:%d is out of range", e.UID, e.GID)
@@ -392,7 +405,8 @@ func entryOf(h *tar.Header) (Entry, error) {
 	return e, nil
 }
 
-func headerXattrs(h *tar.Header) map[string]string {
+// HeaderXattrs returns the extended attributes of a tar header that layers carry, nil for none.
+func HeaderXattrs(h *tar.Header) map[string]string {
 	var all map[string]string
 	for key, value := range h.PAXRecords {
 		name, ok := strings.CutPrefix(key, xattrRecord)
