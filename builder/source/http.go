@@ -1,6 +1,7 @@
 package source
 
 import (
+	"bufio"
 	"context"
 	"crypto/sha256"
 	_ "crypto/sha512" // for --checksum=sha512: and sha384:
@@ -39,7 +40,7 @@ func openHTTP(ctx context.Context, ref string, o Options) (*Source, error) {
 		return nil, fmt.Errorf("open context: %w", err)
 	}
 	defer d.body.Close()
-	s, err := openStream(ctx, newPeeker(d.body), io.Discard, o)
+	s, err := openStream(ctx, bufio.NewReader(d.body), o)
 	if err != nil {
 		return nil, fmt.Errorf("open context %s: %w", redact(ref), err)
 	}

@@ -15,6 +15,7 @@
 package source
 
 import (
+	"bufio"
 	"context"
 	"errors"
 	"fmt"
@@ -150,15 +151,12 @@ func openStdin(ctx context.Context, o Options) (*Source, error) {
 	if o.Stdin == nil {
 		return nil, errors.New("open context -: no standard input")
 	}
-	r := newPeeker(o.Stdin)
-	if len(r.head) == 0 {
-		if r.err != nil {
-			return nil, fmt.Errorf("read context from standard input: %w", r.err)
-		}
+	h := digest.SHA256.Hash()
+	r := bufio.NewReaderSize(io.TeeReader(o.Stdin, h), 64<<10)
+	if head, err := peek(r); err == nil && len(head) == 0 {
 		return nil, errors.New("read context from standard input: it is empty")
 	}
-	h := digest.SHA256.Hash()
-	s, err := openStream(ctx, r, h, o)
+	s, err := openStream(ctx, r, o)
 	if err != nil {
 		return nil, fmt.Errorf("read context from standard input: %w", err)
 	}
@@ -166,11 +164,14 @@ func openStdin(ctx context.Context, o Options) (*Source, error) {
 	return s, nil
 }
 
-// openStream makes a source of a tar or a Dockerfile; all of r is written to seen.
-func openStream(ctx context.Context, r *peeker, seen io.Writer, o Options) (*Source, error) {
-	tee := io.TeeReader(r, seen)
-	if !isArchive(r.head) {
-		text, err := io.ReadAll(io.LimitReader(tee, maxDockerfile+1))
+// openStream makes a source of all of r: a tar, or a Dockerfile.
+func openStream(ctx context.Context, r *bufio.Reader, o Options) (*Source, error) {
+	head, err := peek(r)
+	if err != nil {
+		return nil, err
+	}
+	if !isArchive(head) {
+		text, err := io.ReadAll(io.LimitReader(r, maxDockerfile+1))
 		if err != nil {
 			return nil, err
 		}
@@ -179,11 +180,11 @@ func openStream(ctx context.Context, r *peeker, seen io.Writer, o Options) (*Sou
 		}
 		return &Source{Dockerfile: text, Close: func() error { return nil }}, nil
 	}
-	t, err := readTar(ctx, tee, r.head, o.Temp)
+	t, err := readTar(ctx, r, o.Temp)
 	if err != nil {
 		return nil, err
 	}
-	if _, err := io.Copy(io.Discard, tee); err != nil { // what follows the archive's end belongs to the digest
+	if _, err := io.Copy(io.Discard, r); err != nil { // what stands behind the end of the archive
 		return nil, errors.Join(err, t.Close())
 	}
 	return &Source{FS: t, Modified: t.newest(), Close: t.Close}, nil

@@ -2,6 +2,7 @@ package source
 
 import (
 	"archive/tar"
+	"bufio"
 	"bytes"
 	"compress/bzip2"
 	"context"
@@ -19,36 +20,17 @@ import (
 	"filo/layer/rootfs"
 )
 
-// peeker is a reader whose beginning is known.
-type peeker struct {
-	io.Reader
-	head []byte
-	err  error // of reading the head, but for its end
-}
-
-// peekSize is enough for every magic number and for the header of a tar, long names included.
+// peekSize is enough for every magic number and for the header of a tar, most long names included.
 const peekSize = 2048
 
-func newPeeker(r io.Reader) *peeker {
-	head := make([]byte, peekSize)
-	n, err := io.ReadFull(r, head)
-	head = head[:n]
-	p := &peeker{head: head}
-	if err == io.EOF || err == io.ErrUnexpectedEOF {
-		p.Reader = bytes.NewReader(head)
-		return p
+// peek returns the beginning of r without taking it. An error but for the end of r is one.
+func peek(r *bufio.Reader) ([]byte, error) {
+	head, err := r.Peek(peekSize)
+	if err == io.EOF {
+		err = nil
 	}
-	p.Reader = io.MultiReader(bytes.NewReader(head), r)
-	if err != nil {
-		p.err, p.Reader = err, io.MultiReader(bytes.NewReader(head), failing{err})
-	}
-	return p
+	return head, err
 }
-
-// failing is a reader that ends with an error.
-type failing struct{ err error }
-
-func (f failing) Read([]byte) (int, error) { return 0, f.err }
 
 // decompressors are known by how a stream begins.
 var decompressors = []struct {
@@ -61,10 +43,11 @@ var decompressors = []struct {
 	{"\x28\xb5\x2f\xfd", openZstd},
 }
 
-// maxWindow bounds what a zstd stream may ask us to keep in memory: the format's recommended 8 MiB times what
-// zstd --long=27 needs.
+// maxWindow bounds what a zstd stream may ask us to keep in memory: the format's 8 MiB for every decoder is little,
+// zstd --long makes 128 MiB.
 const maxWindow = 128 << 20
 
+// openZstd needs no Close: with one decoder there is no goroutine behind it.
 func openZstd(r io.Reader) (io.Reader, error) {
 	return zstd.NewReader(r, zstd.WithDecoderConcurrency(1), zstd.WithDecoderMaxWindow(maxWindow))
 }
@@ -101,7 +84,12 @@ func isEmptyTar(head []byte) bool {
 	return len(head) >= block && len(bytes.Trim(head[:block], "\x00")) == 0
 }
 
-func decompress(r io.Reader, head []byte) (io.Reader, error) {
+// Decompress returns what r holds once decompressed: gzip, bzip2, xz or zstd by the first bytes, anything else as it is.
+func Decompress(r *bufio.Reader) (io.Reader, error) {
+	head, err := peek(r)
+	if err != nil {
+		return nil, err
+	}
 	for _, d := range decompressors {
 		if bytes.HasPrefix(head, []byte(d.magic)) {
 			return d.open(r)
@@ -113,25 +101,22 @@ func decompress(r io.Reader, head []byte) (io.Reader, error) {
 	return r, nil
 }
 
-// readTar reads the tar r, which begins with head, into a tree whose bytes are kept in the directory temp.
-func readTar(ctx context.Context, r io.Reader, head []byte, temp string) (_ *tree, err error) {
-	plain, err := decompress(r, head)
+// readTar reads the tar r, compressed or not, into a tree whose bytes are kept in the directory temp.
+func readTar(ctx context.Context, r *bufio.Reader, temp string) (_ *tree, err error) {
+	plain, err := Decompress(r)
 	if err != nil {
 		return nil, fmt.Errorf("decompress: %w", err)
-	}
-	if c, ok := plain.(*zstd.Decoder); ok {
-		defer c.Close()
 	}
 	spool, err := newSpool(temp)
 	if err != nil {
 		return nil, err
 	}
-	u := untar{tree: newTree(spool), buf: make([]byte, 1<<20)}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, spool.Close())
 		}
 	}()
+	u := untar{tree: newTree(spool), buf: make([]byte, 1<<20)}
 	tr := tar.NewReader(plain)
 	for {
 		h, err := tr.Next()
