@@ -13,6 +13,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 	"sync"
 	"time"
 
@@ -65,7 +66,8 @@ type Display struct {
 	order    []*vertex
 	style    style
 	failed   *vertex // the first that failed
-	quiet    bool
+	notes    []string
+	mode     Mode
 	stop     func()
 	closed   bool
 }
@@ -105,6 +107,7 @@ func New(w io.Writer, o Options) (*Display, error) {
 	case mode == Auto:
 		mode = Plain
 	}
+	d.mode = mode
 	switch mode {
 	case TTY:
 		d.style = newTTY(w, d, o)
@@ -113,11 +116,11 @@ func New(w io.Writer, o Options) (*Display, error) {
 	case RawJSON:
 		d.style = &raw{w: w, now: o.Now}
 	case Quiet:
-		d.style, d.quiet = silent{}, true
+		d.style = silent{}
 	default:
 		return nil, fmt.Errorf("draw progress: no such mode %q", mode)
 	}
-	if o.Ticker != nil && !d.quiet {
+	if o.Ticker != nil && mode != Quiet {
 		d.stop = o.Ticker(tickEvery, d.Tick)
 	}
 	return d, nil
@@ -130,6 +133,10 @@ func (d *Display) Emit(e builder.Event) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if d.closed {
+		return
+	}
+	if e.Vertex == 0 { // of the whole build
+		d.notes = append(d.notes, string(e.Data))
 		return
 	}
 	v := d.vertex(e)
@@ -180,25 +187,36 @@ func (d *Display) Close() {
 func (d *Display) Failure() (name string, tail []string, ok bool) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if d.quiet || d.failed == nil || len(d.failed.tail) == 0 {
+	if d.mode == Quiet || d.failed == nil || len(d.failed.tail) == 0 {
 		return "", nil, false
 	}
 	return d.failed.name, d.failed.tail, true
 }
 
-// Counts returns how many steps ended, and how many of these came from the cache.
-func (d *Display) Counts() (ended, cached int) {
+// Counts returns how many steps ended and how many of these came from the cache, among those whose name counts.
+func (d *Display) Counts(counts func(name string) bool) (ended, cached int) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	for _, v := range d.order {
-		if !v.running() {
-			ended++
+		if v.running() || !counts(v.name) {
+			continue
 		}
+		ended++
 		if v.state == builder.Cached {
 			cached++
 		}
 	}
 	return ended, cached
+}
+
+// Mode returns how the display draws; it is never [Auto].
+func (d *Display) Mode() Mode { return d.mode }
+
+// Notes returns the warnings that belong to no step.
+func (d *Display) Notes() []string {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return slices.Clone(d.notes)
 }
 
 // vertex returns the vertex of e, a new one if it is first heard of.

@@ -1,0 +1,41 @@
+# Everything needs Go and its module proxy, nothing else.
+GO       ?= go
+FUZZTIME ?= 20s
+# Checked at these versions; they come from the module proxy.
+STATICCHECK = honnef.co/go/tools/cmd/staticcheck@v0.7.0
+
+.PHONY: build test check demo bench fuzz clean
+
+# The static binary ./filo.
+build:
+	CGO_ENABLED=0 $(GO) build -trimpath -ldflags='-s -w' -o filo ./cmd/filo
+
+test:
+	$(GO) test ./... ./testdata/toybox
+
+# Format, vet, the doors of the house, and a linter.
+check:
+	@test -z "$$(gofmt -l .)" || { gofmt -l . && echo "run gofmt -w on these" && false; }
+	$(GO) vet ./... ./testdata/toybox
+	$(GO) test -run 'TestTopLevel|TestFloors|TestPowers|TestGoroutines|TestPackageDocs|TestExportedDocs|TestDoors' ./cmd/filo
+	GOFLAGS=-mod=mod $(GO) run $(STATICCHECK) ./... ./testdata/toybox
+
+# Builds a multi-stage Dockerfile on a base image that ships with the project, twice.
+demo: build
+	@GO='$(GO)' testdata/demo/run.sh
+
+bench:
+	$(GO) test -run '^$$' -bench . -benchmem ./...
+
+# Every fuzz target of every package, for FUZZTIME each.
+fuzz:
+	@for pkg in $$($(GO) list ./...); do \
+		for target in $$($(GO) test -list '^Fuzz' $$pkg | grep '^Fuzz'); do \
+			echo "== $$pkg $$target" && $(GO) test -run '^$$' -fuzz "^$$target\$$" -fuzztime $(FUZZTIME) $$pkg || exit 1; \
+		done; \
+	done
+
+clean:
+	rm -rf filo bin
+	-[ ! -e .demo ] || ./filo prune --all --root .demo/state 2>/dev/null
+	rm -rf .demo

@@ -1,0 +1,204 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+
+	"github.com/spf13/cobra"
+
+	"filo/builder"
+	"filo/builder/export"
+	"filo/cmd/filo/progress"
+)
+
+const buildExamples = `  # build ./Dockerfile and keep the image as "hello" in the local store
+  filo build -t hello .
+
+  # an OCI archive, an OCI layout directory, the files of the last stage
+  filo build -o type=oci,dest=image.tar .
+  filo build -o type=oci,tar=false,dest=layout .
+  filo build --target artifacts -o out .
+
+  # build for two platforms and push
+  filo build --platform linux/amd64,linux/arm64 -t registry.example/me/app:1 --push .
+
+  # secrets that never reach the image
+  filo build --secret id=token,env=API_TOKEN --ssh default .
+
+  # a Dockerfile from standard input, and a context from git
+  filo build -f - . < Dockerfile
+  filo build https://git.example/me/app.git#main:cmd
+
+  # look for mistakes without building
+  filo build --check .`
+
+// build is `filo build`.
+func (a *app) build() *cobra.Command {
+	f := &buildFlags{}
+	cmd := &cobra.Command{
+		Use:     "build [flags] PATH | URL | -",
+		Short:   "Build an image from a Dockerfile",
+		Long:    "Build an image from a Dockerfile and a build context: a directory, a git repository, the URL of a tar, or a\ntar on standard input.",
+		Example: buildExamples,
+		Args:    exactly(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			return canceled(cmd.Context(), a.runBuild(cmd, f, args[0]))
+		},
+	}
+	f.register(cmd.Flags())
+	return cmd
+}
+
+// runBuild does what the flags ask for with the context of that name.
+func (a *app) runBuild(cmd *cobra.Command, f *buildFlags, ref string) error {
+	wrong := func(err error) error { return &usageError{cmd.CommandPath(), err} }
+	req, err := f.request(a.env)
+	if err != nil {
+		return wrong(err)
+	}
+	outputs, err := f.results.parse(len(req.Platforms))
+	if err != nil {
+		return wrong(err)
+	}
+	mode, err := f.show.mode(a.env)
+	if err != nil {
+		return wrong(err)
+	}
+	if f.what.file == "-" && ref == "-" {
+		return wrong(errors.New("can't use stdin for both build context and dockerfile"))
+	}
+	s, err := a.open(true)
+	if err != nil {
+		return err
+	}
+	defer s.store.Close()
+	d, err := a.newDisplay(mode)
+	if err != nil {
+		return wrong(err)
+	}
+	defer d.Close()
+	j := &job{app: a, state: s, flags: f, req: req, outputs: outputs, display: d, begin: a.now()}
+	if err := j.read(cmd.Context(), ref); err != nil {
+		return err
+	}
+	defer j.close()
+	return j.build(cmd.Context())
+}
+
+// mode is how progress is shown.
+func (f *showFlags) mode(env lookup) (progress.Mode, error) {
+	if f.quiet && f.progress != "" && f.progress != string(progress.Quiet) && f.progress != "none" {
+		return "", fmt.Errorf("--quiet and --progress=%s cannot be used together", f.progress)
+	}
+	if f.quiet {
+		return progress.Quiet, nil
+	}
+	if f.progress != "" {
+		return progress.ParseMode(f.progress)
+	}
+	v, _ := env("BUILDKIT_PROGRESS")
+	return progress.ParseMode(v)
+}
+
+// job is one build, from its inputs to its outputs.
+type job struct {
+	*app
+	*state
+	flags    *buildFlags
+	req      builder.Request
+	outputs  []export.Output
+	display  *progress.Display
+	begin    timestamp
+	tasks    int // of ours in the display
+	closers  []func() error
+	warnings []string
+}
+
+// build builds, exports, and writes the files about the result.
+func (j *job) build(ctx context.Context) error {
+	b := &builder.Builder{
+		Store: j.store, Cache: j.cache, Registry: j.registry, Now: j.now, Emit: j.display.Emit, Jobs: j.flags.steps.jobs,
+	}
+	j.req.SingleID = j.ground.SingleID
+	for _, o := range j.outputs {
+		if c := o.Compression(); c != nil && j.req.Ships == nil {
+			j.req.Ships = c
+		}
+	}
+	if j.flags.steps.explain {
+		j.req.Explain = func(vertex, text string) { fmt.Fprintf(j.stderr, "explain: %s: %s\n", vertex, text) }
+	}
+	result, err := b.Build(ctx, j.req)
+	if err != nil {
+		return err
+	}
+	exported, err := j.export(ctx, result)
+	if err != nil {
+		return err
+	}
+	if err := j.writeFiles(exported); err != nil {
+		return err
+	}
+	j.display.Close()
+	j.conclude(result, exported)
+	return nil
+}
+
+// task draws a piece of work that is not the builder's. What do says appears below its name.
+func (j *job) task(name string, do func(say func(string)) error) error {
+	j.tasks++
+	id := -j.tasks // the builder's are positive
+	emit := func(e builder.Event) {
+		e.Vertex, e.Name = id, name
+		j.display.Emit(e)
+	}
+	emit(builder.Event{State: builder.Started})
+	err := do(func(text string) { emit(builder.Event{State: builder.Log, Data: []byte(text + "\n")}) })
+	if err != nil {
+		emit(builder.Event{State: builder.Failed, Err: err})
+		return err
+	}
+	emit(builder.Event{State: builder.Done})
+	return nil
+}
+
+// close closes what the job opened.
+func (j *job) close() {
+	for _, c := range j.closers {
+		c()
+	}
+}
+
+// warn keeps a line that is shown when the build is over.
+func (j *job) warn(text string) { j.warnings = append(j.warnings, text) }
+
+// conclude shows the warnings and sums the build up.
+func (j *job) conclude(r builder.Result, all []export.Exported) {
+	if j.display.Mode() == progress.Quiet {
+		return
+	}
+	var b strings.Builder
+	for _, w := range append(j.flags.ignored.warnings(), append(j.display.Notes(), j.warnings...)...) {
+		fmt.Fprintf(&b, "WARNING: %s\n", w)
+	}
+	if n := len(r.Warnings); n > 0 {
+		fmt.Fprintf(&b, "\n %s found (use --check to see more):\n", count(n, "warning"))
+		for _, w := range r.Warnings {
+			fmt.Fprintf(&b, " - %s: %s%s\n", w.Rule, w.Message, atLine(w))
+		}
+	}
+	if j.display.Mode() != progress.RawJSON {
+		b.WriteString(j.summary(r, all))
+	}
+	fmt.Fprint(j.stderr, b.String())
+}
+
+// count says how many there are of a thing.
+func count(n int, thing string) string {
+	if n == 1 {
+		return "1 " + thing
+	}
+	return fmt.Sprintf("%d %ss", n, thing)
+}

@@ -1,0 +1,172 @@
+package main
+
+import (
+	"fmt"
+
+	"github.com/spf13/pflag"
+)
+
+// buildFlags are the flags of build as they were written, in the groups of its help.
+type buildFlags struct {
+	what    whatFlags
+	steps   stepFlags
+	results resultFlags
+	show    showFlags
+	ignored ignoredFlags
+}
+
+// whatFlags say what is built.
+type whatFlags struct {
+	file      string
+	target    string
+	args      []string
+	labels    []string
+	platforms []string
+	contexts  []string
+	call      string
+	check     bool
+}
+
+// stepFlags say how steps are done.
+type stepFlags struct {
+	noCache  bool
+	filter   []string
+	pull     bool
+	network  string
+	hosts    []string
+	secrets  []string
+	ssh      []string
+	shmSize  string
+	ulimits  []string
+	allow    []string
+	verify   bool
+	explain  bool
+	jobs     int
+	resource []string
+}
+
+// resultFlags say where the result goes.
+type resultFlags struct {
+	tags        []string
+	outputs     []string
+	push        bool
+	load        bool
+	annotations []string
+	iidfile     string
+	metadata    string
+	cacheFrom   []string
+	cacheTo     []string
+	attest      []string
+	provenance  string
+	sbom        string
+}
+
+// showFlags say what is shown meanwhile.
+type showFlags struct {
+	progress string
+	quiet    bool
+}
+
+// ignoredFlags are those of docker build that no BuildKit builder obeys. They are accepted, with a warning, so that
+// old scripts go on working.
+type ignoredFlags struct {
+	names []string
+}
+
+func (f *buildFlags) register(fs *pflag.FlagSet) {
+	fs.SortFlags = false
+	f.what.register(fs)
+	f.results.register(fs)
+	f.steps.register(fs)
+	f.show.register(fs)
+	f.ignored.register(fs)
+}
+
+func (f *whatFlags) register(fs *pflag.FlagSet) {
+	fs.StringVarP(&f.file, "file", "f", "", "Dockerfile: a `path`, a URL, or - for standard input (default PATH/Dockerfile)")
+	fs.StringVar(&f.target, "target", "", "build this `stage` (default the last one)")
+	fs.StringArrayVar(&f.args, "build-arg", nil, "set a build argument: `NAME=VALUE`, or NAME to take it from the environment")
+	fs.StringArrayVar(&f.labels, "label", nil, "add a label to the image: `KEY=VALUE`")
+	fs.StringArrayVar(&f.platforms, "platform", nil, "build for `OS/ARCH[/VARIANT]`; several (with commas, or repeated) give an index")
+	fs.StringArrayVar(&f.contexts, "build-context", nil, "additional context: `NAME=PATH`, URL, docker-image://REF or oci-layout://DIR[:TAG][@DIGEST]")
+	fs.StringVar(&f.call, "call", "build", "what to do: `build`, check, outline, targets; \",format=json\" may follow")
+	fs.BoolVar(&f.check, "check", false, "same as --call=check")
+}
+
+func (f *resultFlags) register(fs *pflag.FlagSet) {
+	fs.StringArrayVarP(&f.tags, "tag", "t", nil, "`name` of the image, kept in the local store if there is no other output")
+	fs.StringArrayVarP(&f.outputs, "output", "o", nil, "where the result goes: `type=TYPE,dest=PATH,…` of type oci, docker, local, tar, image or registry; a bare path is type=local, - is a tar on standard output")
+	fs.BoolVar(&f.push, "push", false, "push the image to the registry its name says: same as -o type=registry")
+	fs.BoolVar(&f.load, "load", false, "keep the image in filo's local store (there is no Docker daemon to load into)")
+	fs.StringArrayVar(&f.annotations, "annotation", nil, "add an annotation: `[LEVEL[PLATFORM]:]KEY=VALUE`; levels are manifest, index, manifest-descriptor, index-descriptor")
+	fs.StringVar(&f.iidfile, "iidfile", "", "write the image ID to a `file`")
+	fs.StringVar(&f.metadata, "metadata-file", "", "write digests and names of the result to a `file`, as JSON")
+	fs.StringArrayVar(&f.cacheFrom, "cache-from", nil, "import cache (not supported yet)")
+	fs.StringArrayVar(&f.cacheTo, "cache-to", nil, "export cache (not supported yet)")
+	fs.StringArrayVar(&f.attest, "attest", nil, "attach an attestation (not supported yet; `type=…,disabled=true` is accepted)")
+	fs.StringVar(&f.provenance, "provenance", "", "same as --attest=type=provenance (only `false` is supported)")
+	fs.StringVar(&f.sbom, "sbom", "", "same as --attest=type=sbom (only `false` is supported)")
+	fs.Lookup("provenance").NoOptDefVal = "true"
+	fs.Lookup("sbom").NoOptDefVal = "true"
+}
+
+func (f *stepFlags) register(fs *pflag.FlagSet) {
+	fs.BoolVar(&f.noCache, "no-cache", false, "do every step anew")
+	fs.StringArrayVar(&f.filter, "no-cache-filter", nil, "do the steps of these `stages` anew")
+	fs.BoolVar(&f.pull, "pull", false, "ask the registry for every base image, even if the store has one of that name")
+	fs.StringVar(&f.network, "network", "default", "network of RUN: default, host or none")
+	fs.StringArrayVar(&f.hosts, "add-host", nil, "add a line to /etc/hosts of RUN: `NAME:IP`")
+	fs.StringArrayVar(&f.secrets, "secret", nil, "give RUN a secret: `id=NAME[,src=PATH|,env=VARIABLE]`")
+	fs.StringArrayVar(&f.ssh, "ssh", nil, "give RUN an ssh agent: `default` or ID[=SOCKET|KEY[,KEY]]")
+	fs.StringVar(&f.shmSize, "shm-size", "", "`size` of /dev/shm (default 64m)")
+	fs.StringArrayVar(&f.ulimits, "ulimit", nil, "resource limit of RUN: `NAME=SOFT[:HARD]`")
+	fs.StringSliceVar(&f.allow, "allow", nil, "allow a step to ask for `network.host` or security.insecure")
+	fs.BoolVar(&f.verify, "verify", false, "do steps that the cache has anew and compare: a cache check, not faster")
+	fs.BoolVar(&f.explain, "explain", false, "print every input of every cache key")
+	fs.IntVarP(&f.jobs, "jobs", "j", 0, "steps done at once (default the number of cores)")
+	fs.StringArrayVar(&f.resource, "resource", nil, "resource limits of RUN (not supported yet)")
+}
+
+func (f *showFlags) register(fs *pflag.FlagSet) {
+	fs.StringVar(&f.progress, "progress", "", "how progress is shown: auto, plain, tty, quiet or rawjson (default $BUILDKIT_PROGRESS, or auto)")
+	fs.BoolVarP(&f.quiet, "quiet", "q", false, "print nothing but the image ID")
+}
+
+func (f *ignoredFlags) register(fs *pflag.FlagSet) {
+	bools := []string{"rm", "force-rm", "compress", "squash"}
+	values := []string{"memory", "memory-swap", "cpu-period", "cpu-quota", "cpu-shares", "cpuset-cpus", "cpuset-mems", "security-opt", "cgroup-parent", "builder"}
+	for _, name := range bools {
+		fs.VarPF(&ignored{to: f, name: name, typ: "bool"}, name, "", "").NoOptDefVal = "true"
+	}
+	for _, name := range values {
+		short := map[string]string{"memory": "m", "cpu-shares": "c"}[name]
+		fs.VarP(&ignored{to: f, name: name, typ: "string"}, name, short, "")
+	}
+	for _, name := range append(bools, values...) {
+		fs.Lookup(name).Hidden = true
+	}
+}
+
+// ignored is the value of an ignored flag: it remembers that the flag was there.
+type ignored struct {
+	to        *ignoredFlags
+	name, typ string
+}
+
+func (v *ignored) String() string { return "" }
+func (v *ignored) Type() string   { return v.typ }
+
+// Set notes the flag.
+func (v *ignored) Set(string) error {
+	v.to.names = append(v.to.names, v.name)
+	return nil
+}
+
+// warnings returns a line for each ignored flag.
+func (f *ignoredFlags) warnings() []string {
+	var out []string
+	for _, name := range f.names {
+		out = append(out, fmt.Sprintf("--%s has no effect", name))
+	}
+	return out
+}

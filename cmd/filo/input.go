@@ -1,0 +1,245 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path"
+	"path/filepath"
+	"strings"
+
+	"github.com/docker/go-units"
+
+	"filo/builder"
+	"filo/builder/source"
+)
+
+// dockerfileLimit bounds a Dockerfile: it is held in memory.
+const dockerfileLimit = 16 << 20
+
+// read opens the build context ref and everything else that the request is made of.
+func (j *job) read(ctx context.Context, ref string) error {
+	temp, err := j.store.Temp("source")
+	if err != nil {
+		return err
+	}
+	o := source.Options{
+		Stdin: j.stdin, Temp: temp, UserAgent: "filo/" + version(), Epoch: j.req.Epoch, Secret: j.secret,
+		KeepGitDir: truthy(j.req.Args["BUILDKIT_CONTEXT_KEEP_GIT_DIR"]), SSHAuthSock: j.getenv("SSH_AUTH_SOCK"),
+	}
+	src, err := source.Open(ctx, ref, o)
+	if err != nil {
+		return err
+	}
+	j.closers = append(j.closers, src.Close)
+	d, err := j.readDockerfile(ctx, src, ref, o)
+	if err != nil {
+		return err
+	}
+	j.req.File, j.req.FileName = d.text, path.Base(d.name)
+	j.req.Context, j.req.Root = src.FS, src.Root
+	if src.Local {
+		if j.req.Context, err = j.ignore(src.FS, d); err != nil {
+			return err
+		}
+	}
+	if len(j.req.SSH) == 0 {
+		o.SSHAuthSock = "" // a Dockerfile may use the agent only if --ssh says so
+	}
+	j.req.Open = func(ctx context.Context, url, checksum string, keepGit *bool) (builder.Fetched, error) {
+		f, err := source.Fetch(ctx, url, checksum, keepGit, o)
+		return builder.Fetched{FS: f.FS, Name: f.Name, Identity: f.Identity, Close: f.Close}, err
+	}
+	return j.readNamed(ctx, o)
+}
+
+// secret gives the source room what it needs to sign in: GIT_AUTH_TOKEN and its like.
+func (j *job) secret(id string) ([]byte, bool) {
+	s, ok := j.req.Secrets[id]
+	if !ok {
+		return nil, false
+	}
+	b, err := s()
+	return b, err == nil
+}
+
+// dockerfileText is a Dockerfile that was read.
+type dockerfileText struct {
+	text []byte
+	name string
+	path string // of a local file; "" if it came from somewhere else
+}
+
+// readDockerfile finds the Dockerfile: what -f says, or the context's own.
+func (j *job) readDockerfile(ctx context.Context, src *source.Source, ref string, o source.Options) (d dockerfileText, err error) {
+	file := j.flags.what.file
+	name := file
+	if name == "" || name == "-" {
+		name = "Dockerfile"
+	}
+	err = j.task("[internal] load build definition from "+path.Base(name), func(say func(string)) error {
+		switch {
+		case src.Dockerfile != nil && file != "":
+			err = errors.New("ambiguous Dockerfile: the context is one, and --file names another")
+		case src.Dockerfile != nil:
+			d = dockerfileText{text: src.Dockerfile, name: "Dockerfile"}
+		case file == "-":
+			d.name = "Dockerfile"
+			d.text, err = readAll(j.stdin)
+		case source.IsURL(file):
+			d, err = fetchDockerfile(ctx, file, o)
+		case src.Local:
+			d, err = localDockerfile(file, ref)
+		default:
+			d, err = remoteDockerfile(file, src, ref == "-")
+		}
+		if err == nil {
+			say("transferring dockerfile: " + units.HumanSize(float64(len(d.text))) + " done")
+		}
+		return err
+	})
+	return d, err
+}
+
+func readAll(r io.Reader) ([]byte, error) {
+	b, err := io.ReadAll(io.LimitReader(r, dockerfileLimit+1))
+	if len(b) > dockerfileLimit {
+		return nil, errors.New("read Dockerfile: larger than " + units.BytesSize(dockerfileLimit))
+	}
+	return b, err
+}
+
+func fetchDockerfile(ctx context.Context, url string, o source.Options) (dockerfileText, error) {
+	f, err := source.Fetch(ctx, url, "", nil, o)
+	if err != nil {
+		return dockerfileText{}, err
+	}
+	defer f.Close()
+	if f.Name == "" {
+		return dockerfileText{}, fmt.Errorf("read Dockerfile %s: it is a repository, not a file", url)
+	}
+	return readFrom(f.FS, f.Name)
+}
+
+// readFrom reads the Dockerfile name of a file system.
+func readFrom(fsys fs.FS, name string) (dockerfileText, error) {
+	f, err := fsys.Open(name)
+	if err != nil {
+		return dockerfileText{}, err
+	}
+	defer f.Close()
+	text, err := readAll(f)
+	return dockerfileText{text: text, name: name}, err
+}
+
+// defaultNames are the names of a Dockerfile where --file gives none, in the order of trying.
+var defaultNames = [...]string{"Dockerfile", "dockerfile", "Containerfile"}
+
+// localDockerfile reads --file, relative to the working directory, or the Dockerfile of a local context.
+func localDockerfile(file, context string) (dockerfileText, error) {
+	if file != "" {
+		return openDockerfile(file)
+	}
+	for _, name := range defaultNames {
+		d, err := openDockerfile(filepath.Join(context, name))
+		if !errors.Is(err, fs.ErrNotExist) {
+			return d, err
+		}
+	}
+	return dockerfileText{}, notFound(filepath.Join(context, defaultNames[0]))
+}
+
+func openDockerfile(name string) (dockerfileText, error) {
+	f, err := os.Open(name)
+	if errors.Is(err, fs.ErrNotExist) {
+		return dockerfileText{}, notFound(name)
+	}
+	if err != nil {
+		return dockerfileText{}, err
+	}
+	defer f.Close()
+	text, err := readAll(f)
+	return dockerfileText{text: text, name: filepath.Base(name), path: name}, err
+}
+
+// notFound is the error of a Dockerfile that is not there, with a name that differs only in case if there is one.
+func notFound(name string) error {
+	similar := ""
+	entries, _ := os.ReadDir(filepath.Dir(name))
+	for _, e := range entries {
+		if strings.EqualFold(e.Name(), filepath.Base(name)) && e.Name() != filepath.Base(name) {
+			similar = fmt.Sprintf(" (did you mean %s?)", e.Name())
+		}
+	}
+	return fmt.Errorf("open Dockerfile %s: no such file%s%w", name, similar, silently{fs.ErrNotExist})
+}
+
+// silently wraps an error whose text has been said already.
+type silently struct{ error }
+
+func (silently) Error() string   { return "" }
+func (s silently) Unwrap() error { return s.error }
+
+// remoteDockerfile reads --file or the Dockerfile of a context that is no local directory. A local file of that name
+// comes first, but for a tar on standard input.
+func remoteDockerfile(file string, src *source.Source, stdin bool) (dockerfileText, error) {
+	if file != "" && !stdin {
+		if d, err := openDockerfile(file); err == nil {
+			return d, nil
+		}
+	}
+	if src.FS == nil {
+		return dockerfileText{}, errors.New("open Dockerfile: the context is empty")
+	}
+	if file != "" {
+		d, err := readFrom(src.FS, path.Clean(strings.TrimPrefix(file, "/")))
+		if err != nil {
+			err = fmt.Errorf("open Dockerfile %s in the context: %w", file, err)
+		}
+		return d, err
+	}
+	for _, name := range defaultNames {
+		if d, err := readFrom(src.FS, name); !errors.Is(err, fs.ErrNotExist) {
+			return d, err
+		}
+	}
+	return dockerfileText{}, errors.New("open Dockerfile: the context has none; --file names it")
+}
+
+// ignore hides what the ignore file excludes: the one beside the Dockerfile that is named like it, else .dockerignore.
+func (j *job) ignore(fsys fs.FS, d dockerfileText) (fs.FS, error) {
+	var patterns []string
+	err := j.task("[internal] load .dockerignore", func(say func(string)) (err error) {
+		size := 0
+		patterns, size, err = readIgnore(fsys, d.path)
+		say("transferring context: " + units.HumanSize(float64(size)) + " done")
+		return err
+	})
+	if err != nil {
+		return nil, err
+	}
+	j.req.Ignore = patterns
+	return source.Ignore(fsys, patterns)
+}
+
+func readIgnore(fsys fs.FS, dockerfile string) ([]string, int, error) {
+	var text []byte
+	err := fs.ErrNotExist
+	if dockerfile != "" {
+		text, err = os.ReadFile(dockerfile + ".dockerignore")
+	}
+	if errors.Is(err, fs.ErrNotExist) {
+		text, err = fs.ReadFile(fsys, ".dockerignore")
+	}
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, 0, nil
+	}
+	if err != nil {
+		return nil, 0, err
+	}
+	patterns, err := source.ReadIgnore(strings.NewReader(string(text)))
+	return patterns, len(text), err
+}

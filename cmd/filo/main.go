@@ -1,0 +1,84 @@
+// Command filo turns a Dockerfile into an OCI image.
+//
+// It reads arguments, environment and standard input, wires the rooms together, and is the one place that prints:
+// progress and errors on standard error, data on standard output. It holds no build logic.
+//
+// Start at [run], which main, tests and scripts enter alike. root.go has the commands and what they share, one file
+// a command has the rest; flags.go and request.go turn the flags of build into a request; report.go shows an error.
+// Exit status: 0 done, 1 failed, 2 wrong usage, 128+n ended by signal n.
+package main
+
+import (
+	"context"
+	"errors"
+	"os"
+	"os/signal"
+	"syscall"
+	"time"
+
+	"filo/builder/sandbox"
+)
+
+func main() {
+	sandbox.Init()
+	os.Exit(run(os.Args[1:], world{
+		stdin: os.Stdin, stdout: os.Stdout, stderr: os.Stderr,
+		env: os.LookupEnv, root: os.Geteuid() == 0, now: time.Now,
+	}))
+}
+
+// Exit statuses.
+const (
+	exitFailed   = 1
+	exitUsage    = 2
+	exitSignaled = 128
+)
+
+// run runs one command of filo and returns its exit status.
+func run(args []string, w world) int {
+	ctx, stop := untilSignal(context.Background())
+	defer stop()
+	a := &app{world: w}
+	err := a.command(args).ExecuteContext(ctx)
+	if err == nil {
+		return 0
+	}
+	a.report(err)
+	var sig *signaled
+	var usage *usageError
+	switch {
+	case errors.As(context.Cause(ctx), &sig):
+		return exitSignaled + int(sig.signal)
+	case errors.As(err, &usage):
+		return exitUsage
+	}
+	return exitFailed
+}
+
+// signaled is the cause of a context that a signal ended.
+type signaled struct{ signal syscall.Signal }
+
+func (s *signaled) Error() string { return "stopped by signal: " + s.signal.String() }
+
+// untilSignal returns a context that the first SIGINT, SIGTERM or SIGHUP ends; the second one ends the process as if
+// nobody listened.
+func untilSignal(parent context.Context) (context.Context, func()) {
+	ctx, cancel := context.WithCancelCause(parent)
+	c := make(chan os.Signal, 1)
+	signal.Notify(c, syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP)
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		select {
+		case s := <-c:
+			signal.Stop(c)
+			cancel(&signaled{s.(syscall.Signal)})
+		case <-ctx.Done():
+		}
+	}()
+	return ctx, func() {
+		signal.Stop(c)
+		cancel(nil)
+		<-done
+	}
+}

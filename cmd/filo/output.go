@@ -1,0 +1,244 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/docker/go-units"
+
+	"filo/builder"
+	"filo/builder/export"
+	"filo/builder/image"
+	"filo/dockerfile"
+)
+
+type timestamp = time.Time
+
+// parse turns -o, --push, --load, -t and --annotation into the outputs of a build for so many platforms.
+func (f *resultFlags) parse(platforms int) ([]export.Output, error) {
+	names, err := f.names()
+	if err != nil {
+		return nil, err
+	}
+	var specs []string
+	specs = append(specs, f.outputs...)
+	if f.load {
+		specs = append(specs, "type=image,store=true")
+	}
+	if len(specs) == 0 && !f.push && (len(names) > 0 || f.iidfile != "" || f.metadata != "") {
+		specs = append(specs, "type=image")
+	}
+	outputs, err := parseOutputs(specs)
+	if err != nil {
+		return nil, err
+	}
+	if f.push {
+		outputs = pushed(outputs)
+	}
+	for i := range outputs {
+		if err := f.annotate(&outputs[i]); err != nil {
+			return nil, err
+		}
+	}
+	for _, o := range outputs {
+		o.Stdout = discard{} // where it goes is checked when it is known
+		if err := o.Check(names, max(platforms, 1)); err != nil {
+			return nil, err
+		}
+	}
+	return outputs, nil
+}
+
+// discard stands for any standard output.
+type discard struct{}
+
+func (discard) Write(p []byte) (int, error) { return len(p), nil }
+
+func parseOutputs(specs []string) ([]export.Output, error) {
+	var out []export.Output
+	for _, s := range specs {
+		o, err := export.Parse(s)
+		if err != nil {
+			return nil, err
+		}
+		out = append(out, o)
+	}
+	return out, nil
+}
+
+// pushed makes outputs push: the images among them, else one more.
+func pushed(outputs []export.Output) []export.Output {
+	pushes := false
+	for _, o := range outputs {
+		if o.Type == "image" && o.Attrs["push"] == "" {
+			o.Attrs["push"] = "true"
+		}
+		pushes = pushes || o.Pushes()
+	}
+	if pushes {
+		return outputs
+	}
+	return append(outputs, export.Output{Type: "registry", Attrs: map[string]string{}})
+}
+
+// annotate adds what --annotation says to an output that holds an image.
+func (f *resultFlags) annotate(o *export.Output) error {
+	if o.Type == "local" || o.Type == "tar" {
+		return nil
+	}
+	for _, a := range f.annotations {
+		attrs, err := export.ParseAnnotation(a)
+		if err != nil {
+			return err
+		}
+		maps.Copy(o.Attrs, attrs)
+	}
+	return nil
+}
+
+// titles are what exports are called in the display.
+var titles = map[string]string{
+	"oci": "exporting to oci image format", "docker": "exporting to docker image format", "image": "exporting to image",
+	"registry": "exporting to image", "local": "exporting to client directory", "tar": "exporting to client tarball",
+}
+
+// export writes the result to every output.
+func (j *job) export(ctx context.Context, r builder.Result) ([]export.Exported, error) {
+	if len(j.outputs) == 0 && j.flags.show.quiet { // the image ID is asked for, so there has to be an image
+		j.outputs = []export.Output{{Type: "image", Attrs: map[string]string{}}}
+	}
+	if len(j.outputs) == 0 {
+		j.warn("No output specified: the result stays in the cache only. Use -t NAME to keep the image, --push to push it, or -o")
+	}
+	names, err := j.flags.results.names()
+	if err != nil {
+		return nil, err
+	}
+	res := export.Result{Images: r.Images, Names: names, Index: j.req.MultiPlatform, Epoch: j.req.Epoch}
+	var all []export.Exported
+	for _, o := range j.outputs {
+		if !isTerminal(j.stdout) {
+			o.Stdout = j.stdout
+		}
+		err := j.task(titles[o.Type], func(say func(string)) error {
+			x, err := export.Write(ctx, j.exporter(say), o, res)
+			all = append(all, x)
+			return err
+		})
+		if err != nil {
+			return nil, err
+		}
+	}
+	return all, nil
+}
+
+// newExporter returns what exports; say shows what it does.
+func (a *app) newExporter(s *state, say func(string)) export.Exporter {
+	return export.Exporter{
+		Store: s.store, Client: s.registry,
+		Report: func(text string) func(error) {
+			begin := a.now()
+			return func(err error) {
+				if err == nil {
+					say(text + took(a.now().Sub(begin)) + " done")
+				}
+			}
+		},
+	}
+}
+
+// exporter exports the result of a build.
+func (j *job) exporter(say func(string)) export.Exporter {
+	e := j.newExporter(j.state, say)
+	e.Warn = j.warn
+	e.Owners = j.root && j.ground.Name != rootless
+	e.AllowDelete = slices.Contains(j.flags.steps.allow, allowDelete)
+	return e
+}
+
+// allowDelete is the entitlement that lets type=local,mode=delete empty any directory.
+const allowDelete = "buildx.local.delete"
+
+// took says how long something took, if it is worth saying.
+func took(d time.Duration) string {
+	if d < 10*time.Millisecond {
+		return ""
+	}
+	return fmt.Sprintf(" %.1fs", d.Seconds())
+}
+
+// writeFiles writes --iidfile and --metadata-file and prints the image ID if that is all that was asked for.
+func (j *job) writeFiles(all []export.Exported) error {
+	id, metadata := "", map[string]any{}
+	for _, x := range all {
+		if id == "" && x.Descriptor.Digest != "" {
+			id = x.ID()
+		}
+		maps.Copy(metadata, x.Metadata())
+	}
+	if f := j.flags.results.iidfile; f != "" && id != "" {
+		if err := writeFile(f, []byte(id)); err != nil {
+			return err
+		}
+	}
+	if f := j.flags.results.metadata; f != "" {
+		b, err := json.MarshalIndent(metadata, "", "  ")
+		if err != nil {
+			return err
+		}
+		if err := writeFile(f, append(b, '\n')); err != nil {
+			return err
+		}
+	}
+	if j.flags.show.quiet && id != "" {
+		fmt.Fprintln(j.stdout, id)
+	}
+	return nil
+}
+
+// summary is one line about the whole build.
+func (j *job) summary(r builder.Result, all []export.Exported) string {
+	var parts []string
+	for _, x := range all {
+		if x.Descriptor.Digest == "" {
+			continue
+		}
+		parts = append(parts, x.Descriptor.Digest.String())
+		if m, err := image.Walk(context.Background(), j.store, x.Descriptor); err == nil {
+			parts = append(parts, layersOf(m))
+		}
+		break
+	}
+	steps, cached := j.display.Counts(func(name string) bool { return !strings.HasPrefix(name, "[internal]") && strings.HasPrefix(name, "[") })
+	parts = append(parts, fmt.Sprintf("%d of %s cached", cached, count(steps, "step")), fmt.Sprintf("%.1fs", j.now().Sub(j.begin).Seconds()))
+	return "\n" + strings.Join(parts, ", ") + "\n"
+}
+
+// layersOf counts the layers of an image, or of the first of several.
+func layersOf(g *image.Graph) string {
+	if len(g.Images) == 0 {
+		return "no image"
+	}
+	var size int64
+	for _, l := range g.Images[0].Layers {
+		size += l.Size
+	}
+	text := fmt.Sprintf("%s of %s", count(len(g.Images[0].Layers), "layer"), units.HumanSize(float64(size)))
+	if n := len(g.Images); n > 1 {
+		text = fmt.Sprintf("%d platforms, the first with %s", n, text)
+	}
+	return text
+}
+
+// atLine is the place of a warning.
+func atLine(w dockerfile.Warning) string {
+	if len(w.Ranges) == 0 {
+		return ""
+	}
+	return fmt.Sprintf(" (line %d)", w.Ranges[0].Start)
+}

@@ -1,0 +1,93 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"strings"
+	"syscall"
+
+	"filo/builder/sandbox"
+	"filo/dockerfile"
+	"filo/layer/registry"
+)
+
+// report shows an error, once: the last lines of the step that failed, where it stands in the Dockerfile, what is
+// wrong, and what might help.
+func (a *app) report(err error) {
+	var b strings.Builder
+	var sig *signaled
+	var usage *usageError
+	switch {
+	case errors.As(err, &sig):
+		fmt.Fprintf(&b, "ERROR: %v\n", sig)
+	case errors.As(err, &usage):
+		fmt.Fprintln(&b, usage)
+	default:
+		a.describe(&b, err)
+	}
+	fmt.Fprint(a.stderr, b.String())
+}
+
+func (a *app) describe(b *strings.Builder, err error) {
+	tail := []string(nil)
+	if a.display != nil {
+		if name, lines, ok := a.display.Failure(); ok {
+			tail = lines
+			fmt.Fprintf(b, "------\n > %s:\n%s\n------\n", name, strings.Join(lines, "\n"))
+		}
+	}
+	var where *dockerfile.Error
+	if errors.As(err, &where) {
+		b.WriteString(where.Excerpt())
+	}
+	fmt.Fprintf(b, "ERROR: %v\n", err)
+	if h := hint(err, tail); h != "" {
+		fmt.Fprintf(b, "hint: %s\n", h)
+	}
+}
+
+// hint returns what might help against err, "" if there is nothing good to say. tail is what the step said last.
+func hint(err error, tail []string) string {
+	var where *dockerfile.Error
+	if errors.As(err, &where) && where.Hint != "" {
+		return where.Hint
+	}
+	var exit *sandbox.ExitError
+	if errors.As(err, &exit) {
+		return exitHint(exit, strings.Join(tail, "\n"))
+	}
+	switch {
+	case registry.Is(err, registry.Unauthorized), registry.Is(err, registry.Denied):
+		return "log in with `docker login`, or set DOCKER_CONFIG to a directory whose config.json has credentials"
+	case errors.Is(err, syscall.ENOSPC):
+		return "the disk is full: `filo prune` makes room, --root moves the state directory"
+	case errors.Is(err, syscall.EROFS), errors.Is(err, fs.ErrPermission) && where == nil:
+		return "choose a state directory that you may write to with --root or FILO_ROOT"
+	case errors.Is(err, context.DeadlineExceeded):
+		return ""
+	}
+	return ""
+}
+
+// exitHint knows what commands say when something common is missing.
+func exitHint(e *sandbox.ExitError, said string) string {
+	switch {
+	case e.Code == 127 && strings.Contains(said, "\r"):
+		return "a script has Windows line ends (\\r\\n); convert it to \\n"
+	case strings.Contains(e.Reason, "/bin/sh") && (strings.Contains(e.Reason, "no such file") || strings.Contains(e.Reason, "not found")):
+		return "this stage has no shell; use the JSON form RUN [\"program\", \"argument\"] or another base"
+	case strings.Contains(said, "Unable to locate package"):
+		return "run apt-get update in the same RUN, before apt-get install"
+	case e.Code == 126 && strings.Contains(said, "ermission denied"):
+		return "the file may lack its executable bit: COPY --chmod=755"
+	case strings.Contains(said, "Temporary failure in name resolution"), strings.Contains(said, "Could not resolve host"):
+		return "the step cannot resolve names: see --network and --add-host, or the machine's /etc/resolv.conf"
+	case strings.Contains(said, "No space left on device"):
+		return "the disk is full: `filo prune` makes room, --root moves the state directory"
+	case e.Signal == syscall.SIGKILL:
+		return "the process was killed: often the machine is out of memory"
+	}
+	return ""
+}

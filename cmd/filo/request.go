@@ -1,0 +1,248 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+	"strconv"
+	"strings"
+
+	"github.com/containerd/platforms"
+	"github.com/docker/go-units"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"github.com/tonistiigi/go-csvvalue"
+
+	"filo/builder"
+	"filo/builder/sandbox"
+	"filo/layer/registry"
+)
+
+// lookup finds an environment variable.
+type lookup func(name string) (string, bool)
+
+// request turns flags into a request: all of it but the files, which are not opened here.
+func (f *buildFlags) request(env lookup) (builder.Request, error) {
+	if err := f.unsupported(); err != nil {
+		return builder.Request{}, err
+	}
+	var req builder.Request
+	for _, set := range []func(*builder.Request, lookup) error{f.what.apply, f.steps.apply, f.results.apply} {
+		if err := set(&req, env); err != nil {
+			return builder.Request{}, err
+		}
+	}
+	return req, nil
+}
+
+// unsupported refuses what filo cannot do yet.
+func (f *buildFlags) unsupported() error {
+	switch {
+	case len(f.results.cacheFrom) > 0:
+		return errors.New("--cache-from is not supported yet; the cache in the state directory is always used")
+	case len(f.results.cacheTo) > 0:
+		return errors.New("--cache-to is not supported yet; keep the state directory (--root) instead")
+	case wanted(f.results.provenance):
+		return errors.New("--provenance is not supported yet; leave it out or say --provenance=false")
+	case wanted(f.results.sbom):
+		return errors.New("--sbom is not supported yet; leave it out or say --sbom=false")
+	case len(f.steps.resource) > 0:
+		return errors.New("--resource is not supported yet")
+	}
+	for _, a := range f.results.attest {
+		fields, err := csvvalue.Fields(a, nil)
+		if err != nil {
+			return fmt.Errorf("--attest %q: %w", a, err)
+		}
+		if !slices.Contains(fields, "disabled=true") {
+			return fmt.Errorf("--attest %s is not supported yet", a)
+		}
+	}
+	return nil
+}
+
+// wanted reports whether the value of --provenance or --sbom asks for anything.
+func wanted(v string) bool {
+	b, err := strconv.ParseBool(v)
+	return v != "" && (err != nil || b)
+}
+
+func (f *whatFlags) apply(req *builder.Request, env lookup) (err error) {
+	req.Target = f.target
+	if req.Args, err = buildArgs(f.args, env); err != nil {
+		return err
+	}
+	req.Epoch = epoch(req.Args)
+	req.MultiPlatform = truthy(req.Args["BUILDKIT_MULTI_PLATFORM"])
+	req.Labels = map[string]string{}
+	for _, l := range f.labels {
+		k, v, _ := strings.Cut(l, "=")
+		if k == "" {
+			return fmt.Errorf("--label %q: want KEY=VALUE", l)
+		}
+		req.Labels[k] = v
+	}
+	req.Platforms, err = parsePlatforms(f.platforms)
+	return err
+}
+
+// buildArgs reads --build-arg. An argument without a value takes it from the environment and is dropped if there is
+// none; SOURCE_DATE_EPOCH comes from the environment by itself, as buildx has it.
+func buildArgs(args []string, env lookup) (map[string]string, error) {
+	out := map[string]string{}
+	if v, ok := env("SOURCE_DATE_EPOCH"); ok && v != "" {
+		out["SOURCE_DATE_EPOCH"] = v
+	}
+	for _, a := range args {
+		k, v, ok := strings.Cut(a, "=")
+		if k == "" {
+			return nil, fmt.Errorf("--build-arg %q: want NAME=VALUE", a)
+		}
+		if !ok {
+			if v, ok = env(k); !ok {
+				continue
+			}
+		}
+		out[k] = v
+	}
+	return out, nil
+}
+
+// epoch reads the argument that pins times. What is no number of seconds is left to the Dockerfile, which may know it.
+func epoch(args map[string]string) *int64 {
+	n, err := strconv.ParseInt(args["SOURCE_DATE_EPOCH"], 10, 64)
+	if err != nil {
+		return nil
+	}
+	return &n
+}
+
+func truthy(v string) bool {
+	b, err := strconv.ParseBool(v)
+	return err == nil && b
+}
+
+// splitCommas returns the values of a flag that may be repeated and may hold several with commas.
+func splitCommas(values []string) []string {
+	var out []string
+	for s := range strings.SplitSeq(strings.Join(values, ","), ",") {
+		if s = strings.TrimSpace(s); s != "" {
+			out = append(out, s)
+		}
+	}
+	return out
+}
+
+// parsePlatforms reads --platform: each value may hold several, with commas; the same one twice counts once.
+func parsePlatforms(values []string) ([]ocispec.Platform, error) {
+	var out []ocispec.Platform
+	seen := map[string]bool{}
+	for _, s := range splitCommas(values) {
+		p, err := platforms.DefaultSpec(), error(nil)
+		if s != "local" {
+			p, err = platforms.Parse(s)
+		}
+		if err != nil {
+			return nil, fmt.Errorf("--platform %q: %w", s, err)
+		}
+		p = platforms.Normalize(p)
+		if key := platforms.FormatAll(p); !seen[key] {
+			seen[key] = true
+			out = append(out, p)
+		}
+	}
+	return out, nil
+}
+
+func (f *stepFlags) apply(req *builder.Request, env lookup) (err error) {
+	req.NoCache, req.Pull, req.Verify = f.noCache, f.pull, f.verify
+	req.NoCacheFilter = splitCommas(f.filter)
+	req.Allow = slices.Clone(f.allow)
+	for _, a := range req.Allow {
+		if a != "network.host" && a != "security.insecure" {
+			return fmt.Errorf("--allow %q: must be network.host or security.insecure", a)
+		}
+	}
+	if err := f.applyNetwork(req); err != nil {
+		return err
+	}
+	if f.shmSize != "" {
+		if req.ShmSize, err = units.RAMInBytes(f.shmSize); err != nil {
+			return fmt.Errorf("--shm-size: %w", err)
+		}
+	}
+	for _, u := range f.ulimits {
+		l, err := units.ParseUlimit(u)
+		if err != nil {
+			return fmt.Errorf("--ulimit %q: %w", u, err)
+		}
+		req.Ulimits = append(req.Ulimits, sandbox.Ulimit{Name: l.Name, Soft: l.Soft, Hard: l.Hard})
+	}
+	if req.Secrets, err = secrets(f.secrets, env); err != nil {
+		return err
+	}
+	req.SSH, err = agents(f.ssh, env)
+	return err
+}
+
+func (f *stepFlags) applyNetwork(req *builder.Request) error {
+	switch f.network {
+	case "default", "none", "":
+	case "host": // asking for it on the command line allows it, as with buildx
+		req.Allow = append(req.Allow, "network.host")
+	default:
+		return fmt.Errorf("--network %q: must be default, host or none", f.network)
+	}
+	req.Network = f.network
+	for _, h := range f.hosts {
+		line, err := parseHost(h)
+		if err != nil {
+			return err
+		}
+		req.Hosts = append(req.Hosts, line)
+	}
+	return nil
+}
+
+// parseHost reads NAME:IP or NAME=IP; an IPv6 address may stand in brackets. Steps share the network of the host, so
+// Docker's "host-gateway" is the loopback address.
+func parseHost(s string) (string, error) {
+	i := strings.IndexAny(s, ":=")
+	if i <= 0 {
+		return "", fmt.Errorf("--add-host %q: want NAME:IP", s)
+	}
+	name, ip := s[:i], strings.TrimSuffix(strings.TrimPrefix(s[i+1:], "["), "]")
+	if ip == "host-gateway" {
+		ip = "127.0.0.1"
+	}
+	if _, err := netip.ParseAddr(ip); err != nil {
+		return "", fmt.Errorf("--add-host %q: %q is no IP address", s, ip)
+	}
+	if strings.ContainsAny(name, " \t\n#") {
+		return "", fmt.Errorf("--add-host %q: %q is no host name", s, name)
+	}
+	return name + ":" + ip, nil
+}
+
+func (f *resultFlags) apply(*builder.Request, lookup) error {
+	_, err := f.names()
+	return err
+}
+
+// names returns the values of -t in full form.
+func (f *resultFlags) names() ([]string, error) {
+	var out []string
+	for _, t := range f.tags {
+		full, err := registry.Normalize(t)
+		if err != nil {
+			return nil, fmt.Errorf("--tag %q: %w", t, err)
+		}
+		if strings.Contains(full, "@") {
+			return nil, fmt.Errorf("--tag %q: a digest cannot be chosen; leave out what follows the @", t)
+		}
+		if !slices.Contains(out, full) {
+			out = append(out, full)
+		}
+	}
+	return out, nil
+}

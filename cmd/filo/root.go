@@ -1,0 +1,248 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"filo/builder/sandbox"
+	"filo/cache"
+	"filo/cmd/filo/progress"
+	"filo/layer"
+	"filo/layer/registry"
+)
+
+// world is what the commands see of the machine.
+type world struct {
+	stdin          io.Reader
+	stdout, stderr io.Writer
+	env            func(name string) (string, bool)
+	root           bool // the user is root
+	now            func() time.Time
+}
+
+// getenv returns the value of an environment variable, "" if it is not set.
+func (w world) getenv(name string) string {
+	v, _ := w.env(name)
+	return v
+}
+
+// app is one run of filo.
+type app struct {
+	world
+	stateDir  string            // --root
+	isolation string            // --isolation
+	display   *progress.Display // of a build; its last lines are shown with an error
+}
+
+const longHelp = `filo builds OCI images from Dockerfiles. It is one program: no daemon, no root needed.
+
+  filo build -t hello .                              build ./Dockerfile, keep the image as "hello"
+  filo build -o type=oci,dest=image.tar .            write an OCI archive
+  filo build -t registry.example/me/app:1 --push .   build and push
+
+What it keeps (images, layers, cache) is in one directory, --root: $FILO_ROOT if set, /var/lib/filo for root,
+else $XDG_DATA_HOME/filo or ~/.local/share/filo. Credentials come from Docker's configuration.`
+
+const environmentHelp = `
+Environment:
+  FILO_ROOT               state directory
+  FILO_REGISTRY_MIRRORS   mirrors by registry: docker.io=HOST:PORT[/PATH],…
+  DOCKER_CONFIG           directory of Docker's config.json with credentials
+  SOURCE_DATE_EPOCH       passed to builds as a build argument: pins all times of the image
+  BUILDKIT_PROGRESS       default of build --progress
+  NO_COLOR                no colours on a terminal
+  SSH_AUTH_SOCK           agent of build --ssh default
+`
+
+// command returns the command line of filo, ready to execute args.
+func (a *app) command(args []string) *cobra.Command {
+	cmd := &cobra.Command{
+		Use:           "filo",
+		Short:         "Build OCI images from Dockerfiles",
+		Long:          longHelp,
+		SilenceErrors: true,
+		SilenceUsage:  true,
+		Args:          exactly(0),
+		RunE:          func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
+	}
+	cmd.SetArgs(args)
+	cmd.SetIn(a.stdin)
+	cmd.SetOut(a.stdout)
+	cmd.SetErr(a.stderr)
+	cmd.SetUsageTemplate(cmd.UsageTemplate() + environmentHelp)
+	cmd.SetFlagErrorFunc(func(c *cobra.Command, err error) error { return &usageError{c.CommandPath(), err} })
+	cmd.PersistentFlags().StringVar(&a.stateDir, "root", "", "state `directory` (default $FILO_ROOT, or a per-user directory)")
+	cmd.PersistentFlags().StringVar(&a.isolation, "isolation", "auto", "how steps are isolated: auto, root, rootless or chroot")
+	cmd.AddCommand(a.build(), a.push(), a.pull(), a.images(), a.inspect(), a.history(), a.tag(), a.rmi(), a.prune(), a.info(), a.versionCommand())
+	return cmd
+}
+
+// usageError is a command line that filo does not understand.
+type usageError struct {
+	command string // "filo build"
+	err     error
+}
+
+func (e *usageError) Error() string {
+	return fmt.Sprintf("%s: %v\nSee '%s --help'.", e.command, e.err, e.command)
+}
+
+func (e *usageError) Unwrap() error { return e.err }
+
+// exactly accepts n arguments.
+func exactly(n int) cobra.PositionalArgs { return between(n, n) }
+
+// between accepts least to most arguments; most below 0 is no limit.
+func between(least, most int) cobra.PositionalArgs {
+	return func(cmd *cobra.Command, args []string) error {
+		if !cmd.HasParent() && len(args) > 0 {
+			return &usageError{cmd.CommandPath(), fmt.Errorf("unknown command %q", args[0])}
+		}
+		if len(args) >= least && (most < 0 || len(args) <= most) {
+			return nil
+		}
+		word := "requires"
+		if least != most {
+			word = "requires at least"
+		}
+		plural := "s"
+		if least == 1 {
+			plural = ""
+		}
+		return &usageError{cmd.CommandPath(), fmt.Errorf("%s %d argument%s, got %d", word, least, plural, len(args))}
+	}
+}
+
+// rootless is the ground of a user who is not root.
+const rootless = "rootless"
+
+// state is the state directory opened, with those who work on it.
+type state struct {
+	ground   sandbox.Ground
+	store    *layer.Store
+	cache    *cache.Store
+	registry *registry.Client
+}
+
+// open opens the state directory. With enter it first enters the ground on which steps run, which may start filo again
+// in a user namespace: so it must be called before standard input is read.
+func (a *app) open(enter bool) (*state, error) {
+	s := &state{}
+	var err error
+	if enter {
+		if s.ground, err = sandbox.Enter(a.isolation); err != nil {
+			return nil, err
+		}
+	}
+	dir, err := a.dir(s.ground)
+	if err != nil {
+		return nil, err
+	}
+	if s.registry, err = a.client(); err != nil {
+		return nil, err
+	}
+	if s.store, err = layer.Open(dir, layer.Options{SingleID: s.ground.SingleID}); err != nil {
+		return nil, err
+	}
+	if err := s.prepare(dir, a.now); err != nil {
+		s.store.Close()
+		return nil, err
+	}
+	return s, nil
+}
+
+// prepare opens what needs the store.
+func (s *state) prepare(dir string, now func() time.Time) error {
+	temp, err := s.store.Temp("cache")
+	if err != nil {
+		return err
+	}
+	s.cache, err = cache.Open(dir, temp, now)
+	return err
+}
+
+// with opens the state directory for do, which looks at images and runs nothing.
+func (a *app) with(do func(*state) error) error {
+	s, err := a.open(false)
+	if err != nil {
+		return err
+	}
+	defer s.store.Close()
+	return do(s)
+}
+
+// dir returns the state directory, absolute. On the rootless ground filo looks like root to itself and is not.
+func (a *app) dir(g sandbox.Ground) (string, error) {
+	if a.stateDir != "" {
+		return filepath.Abs(a.stateDir)
+	}
+	if d := a.getenv("FILO_ROOT"); d != "" {
+		return filepath.Abs(d)
+	}
+	if a.root && g.Name != rootless {
+		return "/var/lib/filo", nil
+	}
+	if d := a.getenv("XDG_DATA_HOME"); filepath.IsAbs(d) { // a relative value is to be ignored (XDG base directory spec)
+		return filepath.Join(d, "filo"), nil
+	}
+	if d := a.getenv("HOME"); d != "" {
+		return filepath.Join(d, ".local/share/filo"), nil
+	}
+	return "", fmt.Errorf("find state directory: HOME is not set; use --root or FILO_ROOT")
+}
+
+// client returns the registry client that the environment asks for.
+func (a *app) client() (*registry.Client, error) {
+	mirrors, err := registry.ParseMirrors(a.getenv("FILO_REGISTRY_MIRRORS"))
+	if err != nil {
+		return nil, fmt.Errorf("FILO_REGISTRY_MIRRORS: %w", err)
+	}
+	return registry.Open(registry.Options{Mirrors: mirrors, UserAgent: "filo/" + version()}), nil
+}
+
+// newDisplay starts the display of what a command does.
+func (a *app) newDisplay(mode progress.Mode) (*progress.Display, error) {
+	_, noColor := a.env("NO_COLOR")
+	d, err := progress.New(a.stderr, progress.Options{
+		Mode: mode, Now: a.now, Size: terminalSize(a.stderr), Color: !noColor, Ticker: ticker,
+	})
+	if err != nil {
+		return nil, err
+	}
+	a.display = d
+	return d, nil
+}
+
+// canceled replaces the error of a command that a signal ended by the signal.
+func canceled(ctx context.Context, err error) error {
+	if err != nil && ctx.Err() != nil {
+		return context.Cause(ctx)
+	}
+	return err
+}
+
+// writeFile writes data to path whole or not at all.
+func writeFile(path string, data []byte) error {
+	f, err := os.CreateTemp(filepath.Dir(path), "."+filepath.Base(path)+".*")
+	if err != nil {
+		return err
+	}
+	defer os.Remove(f.Name())
+	_, err = f.Write(data)
+	if err == nil {
+		err = f.Chmod(0o644)
+	}
+	if e := f.Close(); err == nil {
+		err = e
+	}
+	if err != nil {
+		return err
+	}
+	return os.Rename(f.Name(), path)
+}
