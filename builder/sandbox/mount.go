@@ -28,9 +28,9 @@ const (
 func newStage(h *handover, anchor int) (*stage, error) {
 	const attrs = unix.MOUNT_ATTR_NOSUID | unix.MOUNT_ATTR_NODEV
 	// Secrets must not be swapped out either; older kernels lack the option.
-	fd, err := detached("tmpfs", attrs, "mode=0700", "noswap")
+	fd, err := detached("tmpfs", attrs, "source=tmpfs", "mode=0700", "noswap")
 	if errors.Is(err, unix.EINVAL) {
-		fd, err = detached("tmpfs", attrs, "mode=0700")
+		fd, err = detached("tmpfs", attrs, "source=tmpfs", "mode=0700")
 	}
 	if err == nil {
 		err = attach(fd, anchor)
@@ -227,7 +227,7 @@ func (l *layers) common() []string {
 }
 
 func (l *layers) options() []string {
-	options := l.common()
+	options := append([]string{"source=overlay"}, l.common()...)
 	for _, fd := range l.lower {
 		options = append(options, "lowerdir+="+fdPath(fd))
 	}

@@ -2,6 +2,7 @@ package sandbox
 
 import (
 	"bytes"
+	"context"
 	"debug/elf"
 	"errors"
 	"fmt"
@@ -313,10 +314,517 @@ func (b *box) upper() (names []string) {
 	return names
 }
 
-func TestRunSmoke(t *testing.T) {
+func TestRunShows(t *testing.T) {
 	b := newBox(t)
-	for _, args := range [][]string{{"cat", "/proc/self/status"}, {"ls", "/dev", "/"}, {"cat", "/proc/self/mountinfo"}, {"env"}, {"id"}, {"hostname"}, {"fds"}, {"cat", "/etc/hosts", "/etc/resolv.conf"}} {
-		t.Logf("%q\n%s", args, b.must(b.process(args...)))
+	p := b.process("exit", "0")
+	with := func(change func(p *Process)) Process {
+		q := p
+		change(&q)
+		return q
 	}
-	t.Log(b.upper())
+	verb := func(args ...string) Process {
+		return with(func(p *Process) { p.Args = append([]string{"/bin/inside"}, args...) })
+	}
+	tests := []struct {
+		name string
+		p    Process
+		want string
+	}{
+		{"environment", verb("env"), "PATH=/usr/bin:/bin\nA=b\n"},
+		{"user", verb("id"), "0 0 [] 1\n"},
+		{"hostname", verb("hostname"), "buildkitsandbox\n"},
+		{"directory", verb("pwd"), "/\n"},
+		{"umask", verb("umask"), "22\n"},
+		{"files", verb("cat", "/etc/hosts"), "127.0.0.1\tlocalhost buildkitsandbox\n::1\tlocalhost ip6-localhost ip6-loopback\n"},
+		{"own hostname", with(func(p *Process) {
+			p.Args = []string{"/bin/inside", "hostname"}
+			p.Hostname = "h7"
+		}), "h7\n"},
+		{"own directory", with(func(p *Process) {
+			p.Args = []string{"inside", "pwd"}
+			p.Dir = "/tmp"
+		}), "/tmp\n"},
+		{"extra hosts", with(func(p *Process) {
+			p.Args = []string{"inside", "cat", "/etc/hosts"}
+			p.ExtraHosts = []string{"q.r:1.2.3.4", "a=::1", "b:[fe80::2]"}
+		}), "127.0.0.1\tlocalhost buildkitsandbox\n::1\tlocalhost ip6-localhost ip6-loopback\n1.2.3.4\tq.r\n::1\ta\nfe80::2\tb\n"},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			b.TB = t
+			if got := b.must(tt.p); got != tt.want {
+				t.Errorf("got %q, want %q", got, tt.want)
+			}
+		})
+	}
+	if got := b.upper(); got != nil {
+		t.Errorf("left in the upper directory: %q", got)
+	}
+}
+
+func TestRunDev(t *testing.T) {
+	b := newBox(t)
+	want := `Lrwxrwxrwx fd
+Dcrw-rw-rw- full
+dtrwxrwxrwx mqueue
+Dcrw-rw-rw- null
+Lrwxrwxrwx ptmx
+drwxr-xr-x pts
+Dcrw-rw-rw- random
+dtrwxrwxrwx shm
+Lrwxrwxrwx stderr
+Lrwxrwxrwx stdin
+Lrwxrwxrwx stdout
+Dcrw-rw-rw- tty
+Dcrw-rw-rw- urandom
+Dcrw-rw-rw- zero
+`
+	got := strings.Replace(b.must(b.process("ls", "/dev")), "Lrwxrwxrwx core\n", "", 1)
+	if got != want {
+		t.Errorf("/dev:\n%swant:\n%s", got, want)
+	}
+	b.must(b.process("write", "/dev/null", "x"))
+	b.must(b.process("write", "/dev/zz", "x"))
+	b.must(b.process("write", "/dev/shm/q", "x"))
+	if got := b.upper(); got != nil {
+		t.Errorf("left in the upper directory: %q", got)
+	}
+}
+
+// mountLines returns the mounts a process sees: target to options.
+func mountLines(t testing.TB, b *box, p Process) map[string]string {
+	t.Helper()
+	p.Args = []string{"inside", "cat", "/proc/self/mounts"}
+	lines := map[string]string{}
+	for line := range strings.Lines(b.must(p)) {
+		f := strings.Fields(line)
+		lines[f[1]] = f[2] + " " + f[3]
+	}
+	return lines
+}
+
+func TestRunMounts(t *testing.T) {
+	mounts := []Mount{{Type: Tmpfs, Target: "/t", Size: 1 << 20}}
+	b := newBox(t, mounts...)
+	p := b.process()
+	p.Mounts = mounts
+	p.ShmSize = 1 << 20
+	got := mountLines(t, b, p)
+	for target, prefix := range map[string]string{
+		"/":                "overlay rw,",
+		"/proc":            "proc rw,nosuid,nodev,noexec,",
+		"/proc/sys":        "proc ro,nosuid,nodev,noexec,",
+		"/sys":             "sysfs ro,nosuid,nodev,noexec,",
+		"/dev":             "tmpfs rw,nosuid,",
+		"/dev/pts":         "devpts rw,nosuid,noexec,",
+		"/dev/shm":         "tmpfs rw,nosuid,nodev,noexec,relatime,size=1024k",
+		"/dev/mqueue":      "mqueue rw,",
+		"/etc/hosts":       "tmpfs ro,nosuid,nodev,noexec,",
+		"/etc/resolv.conf": "tmpfs ro,nosuid,nodev,noexec,",
+		"/t":               "tmpfs rw,nosuid,relatime,size=1024k",
+	} {
+		if !strings.HasPrefix(got[target], prefix) {
+			t.Errorf("%s: got %q, want %q…", target, got[target], prefix)
+		}
+	}
+	for target, line := range got {
+		if strings.Contains(line, b.dir) {
+			t.Errorf("%s: %q shows a path of the host", target, line)
+		}
+		if target != "/" && !slices.ContainsFunc([]string{"/proc", "/sys", "/dev", "/etc/hosts", "/etc/resolv.conf", "/t"}, func(top string) bool {
+			return target == top || strings.HasPrefix(target, top+"/")
+		}) {
+			t.Errorf("mount of the host: %s %s", target, line)
+		}
+	}
+}
+
+func TestRunReadOnly(t *testing.T) {
+	b := newBox(t)
+	for _, args := range [][]string{
+		{"write", "/etc/hosts", "x"},
+		{"write", "/etc/resolv.conf", "x"},
+		{"write", "/proc/sys/kernel/hostname", "x"},
+		{"write", "/sys/kernel/mm/ksm/run", "0"},
+		{"mkdir", "/sys/fs/cgroup/x"},
+		{"ls", "/.."}, // lists, but only the root: checked below
+	} {
+		out, err := b.run(b.process(args...))
+		if args[0] == "ls" {
+			if err != nil || !strings.Contains(out, " tmp\n") || strings.Contains(out, " boot\n") {
+				t.Errorf("%q: %v\n%s", args, err, out)
+			}
+			continue
+		}
+		if err == nil {
+			t.Errorf("%q worked", args)
+		}
+	}
+	if got := b.upper(); got != nil {
+		t.Errorf("left in the upper directory: %q", got)
+	}
+}
+
+func TestRunHidden(t *testing.T) {
+	b := newBox(t)
+	for _, name := range hidden {
+		fi, err := os.Stat(name)
+		if err != nil {
+			continue
+		}
+		verb := "cat"
+		if fi.IsDir() {
+			verb = "ls"
+		}
+		if out := b.must(b.process(verb, name)); out != "" {
+			t.Errorf("%s shows %q", name, out)
+		}
+	}
+}
+
+func TestRunFiles(t *testing.T) {
+	// A file that filo was started with, and that is not closed on execution.
+	f, err := os.Open("/proc/self/status")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	fd, err := syscall.Dup(int(f.Fd()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer syscall.Close(fd)
+	b := newBox(t)
+	lines := strings.Split(strings.TrimSpace(b.must(b.process("fds"))), "\n")
+	// The fourth is the listing's own.
+	if len(lines) != 4 || lines[0] != "0 /dev/null" || !strings.HasPrefix(lines[1], "1 pipe:") || !strings.HasPrefix(lines[2], "2 pipe:") {
+		t.Errorf("open files: %q", lines)
+	}
+}
+
+func TestRunWrites(t *testing.T) {
+	b := newBox(t)
+	b.must(b.process("write", "/tmp/x", "y"))
+	if got, want := b.upper(), []string{"tmp", "tmp/x"}; !slices.Equal(got, want) {
+		t.Errorf("upper: got %q, want %q", got, want)
+	}
+	p := b.process("pwd")
+	p.Dir = "/made/here"
+	if got := b.must(p); got != "/made/here\n" {
+		t.Errorf("made working directory: got %q", got)
+	}
+}
+
+func TestRunReadOnlyRoot(t *testing.T) {
+	b := newBox(t)
+	p := b.process("write", "/tmp/x", "y")
+	p.Root = Root{Lower: b.root.Lower}
+	if out, err := b.run(p); err == nil || !strings.Contains(out, "read-only") {
+		t.Errorf("two layers: %v: %s", err, out)
+	}
+	one := newBox(t)
+	one.install("top/" + insideName)
+	p.Root = Root{Lower: one.root.Lower[:1]}
+	p.Args = []string{"/" + insideName, "mkdir", "/x"}
+	if out, err := one.run(p); err == nil || !strings.Contains(out, "read-only") {
+		t.Errorf("one layer: %v: %s", err, out)
+	}
+}
+
+func TestRunUsers(t *testing.T) {
+	if singleID() {
+		t.Skip("only one ID here")
+	}
+	b := newBox(t)
+	p := b.process("cat", "/proc/self/status")
+	p.UID, p.GID, p.Groups = 44, 45, []int{45, 55}
+	out := b.must(p)
+	for _, want := range []string{
+		"Uid:\t44\t44\t44\t44\n", "Gid:\t45\t45\t45\t45\n", "Groups:\t45 55 \n",
+		"CapInh:\t0000000000000000\n", "CapPrm:\t0000000000000000\n", "CapEff:\t0000000000000000\n",
+		"CapBnd:\t00000000a80425fb\n", "CapAmb:\t0000000000000000\n",
+	} {
+		if !strings.Contains(out, want) {
+			t.Errorf("no %q in\n%s", want, out)
+		}
+	}
+	p.Args = []string{"inside", "write", "/etc/x", "y"}
+	if _, err := b.run(p); err == nil {
+		t.Error("an ordinary user wrote to /etc")
+	}
+	p.UID = 1 << 30
+	if _, err := b.run(p); singleIDOrRange() && err == nil {
+		t.Error("a user that is not mapped ran")
+	}
+}
+
+// singleIDOrRange reports whether not all IDs exist.
+func singleIDOrRange() bool {
+	ranges, err := readMap("/proc/self/uid_map")
+	return err == nil && (len(ranges) != 1 || ranges[0].count < 1<<31)
+}
+
+func TestRunPowers(t *testing.T) {
+	b := newBox(t)
+	out := b.must(b.process("cat", "/proc/self/status"))
+	for _, want := range []string{
+		"CapInh:\t0000000000000000\n", "CapPrm:\t00000000a80425fb\n", "CapEff:\t00000000a80425fb\n",
+		"CapBnd:\t00000000a80425fb\n", "CapAmb:\t0000000000000000\n",
+		"NoNewPrivs:\t0\n", "Seccomp:\t2\n", "Groups:\t \n",
+	} {
+		if !strings.Contains(out, want) {
+			t.Errorf("no %q in\n%s", want, out)
+		}
+	}
+}
+
+func TestRunSystemCalls(t *testing.T) {
+	b := newBox(t)
+	for name, want := range map[string]string{
+		"mount":   "operation not permitted",
+		"unshare": "operation not permitted",
+		"keyctl":  "operation not permitted",
+		"clone3":  "function not implemented",
+		"future":  "function not implemented",
+		"vsock":   "operation not permitted",
+		"inet":    "ok",
+	} {
+		if out, _ := b.run(b.process("sys", name)); strings.TrimSpace(out) != want {
+			t.Errorf("%s: got %q, want %q", name, out, want)
+		}
+	}
+}
+
+func TestRunInsecure(t *testing.T) {
+	b := newBox(t)
+	p := b.process("cat", "/proc/self/status")
+	p.Insecure = true
+	out := b.must(p)
+	if !strings.Contains(out, "Seccomp:\t0\n") && !filtered() {
+		t.Errorf("seccomp is on:\n%s", out)
+	}
+	keep, err := permitted()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if want := fmt.Sprintf("CapEff:\t%016x\n", uint64(keep)); !strings.Contains(out, want) {
+		t.Errorf("no %q in\n%s", want, out)
+	}
+	p.Args = []string{"inside", "sys", "mount"}
+	b.must(p)
+	if line := mountLines(t, b, p)["/sys"]; !strings.HasPrefix(line, "sysfs rw,") {
+		t.Errorf("/sys: %q", line)
+	}
+}
+
+func TestRunLimits(t *testing.T) {
+	b := newBox(t)
+	p := b.process("limit")
+	var host syscall.Rlimit
+	syscall.Getrlimit(syscall.RLIMIT_CORE, &host)
+	p.Ulimits = []Ulimit{{"nofile", 77, 78}, {"core", 0, 0}}
+	out := b.must(p)
+	for _, want := range []string{"7 77 78\n", "4 0 0\n"} {
+		if !strings.Contains("\n"+out, "\n"+want) {
+			t.Errorf("no %q in\n%s", want, out)
+		}
+	}
+	p.Ulimits = []Ulimit{{"nosuch", 1, 1}}
+	var setup *SetupError
+	if _, err := b.run(p); !errors.As(err, &setup) {
+		t.Errorf("unknown limit: %v", err)
+	}
+}
+
+func TestRunNetworkNone(t *testing.T) {
+	b := newBox(t)
+	p := b.process("cat", "/proc/net/dev")
+	p.Network = NetworkNone
+	var names []string
+	for line := range strings.Lines(b.must(p)) {
+		if name, _, ok := strings.Cut(line, ":"); ok {
+			names = append(names, strings.TrimSpace(name))
+		}
+	}
+	for _, n := range names {
+		// The kernel may add its own tunnels, which are down.
+		if strings.HasPrefix(n, "e") || strings.HasPrefix(n, "w") {
+			t.Errorf("interface %s", n)
+		}
+	}
+	p.Args = []string{"inside", "cat", "/proc/net/if_inet6", "/proc/net/route"}
+	if out, err := b.run(p); err == nil && strings.Count(out, "\n") > 2 {
+		t.Errorf("routes or addresses:\n%s", out)
+	}
+	p.Args = []string{"inside", "cat", "/sys/class/net/lo/flags"}
+	if out := b.must(p); out != "0x9\n" {
+		t.Errorf("flags of lo: %q", out)
+	}
+}
+
+func TestRunFails(t *testing.T) {
+	b := newBox(t)
+	b.write("top/script", "#!/no/such/shell\n")
+	b.write("top/plain", "text")
+	os.Chmod(filepath.Join(b.dir, "top/script"), 0o755)
+	tests := []struct {
+		args   []string
+		code   int
+		signal syscall.Signal
+		reason string
+	}{
+		{[]string{"inside", "exit", "17"}, 17, 0, ""},
+		{[]string{"inside", "suicide"}, 2, 0, ""},
+		{[]string{"nosuch"}, 127, 0, `exec: "nosuch": executable file not found in $PATH`},
+		{[]string{"/nosuch"}, 127, 0, `exec: "/nosuch": stat /nosuch: no such file or directory`},
+		{[]string{"/plain"}, 126, 0, `exec: "/plain": permission denied`},
+		{[]string{"/tmp"}, 126, 0, `exec: "/tmp": is a directory`},
+		{[]string{"/script"}, 127, 0, `exec /script: no such file or directory`},
+	}
+	for _, tt := range tests {
+		p := b.process()
+		p.Args = tt.args
+		_, err := b.run(p)
+		var exit *ExitError
+		if !errors.As(err, &exit) || exit.Code != tt.code || exit.Signal != tt.signal || exit.Reason != tt.reason {
+			t.Errorf("Run(%q): got %#v, want code %d, signal %v, reason %q", tt.args, err, tt.code, tt.signal, tt.reason)
+		}
+	}
+	p := b.process("exit", "17")
+	want := `process "/bin/inside exit 17" did not complete successfully: exit code: 17`
+	if _, err := b.run(p); err == nil || err.Error() != want {
+		t.Errorf("got %v, want %s", err, want)
+	}
+}
+
+func TestRunCannotStart(t *testing.T) {
+	b := newBox(t)
+	tests := []struct {
+		name   string
+		change func(p *Process)
+		want   error
+	}{
+		{"no lower", func(p *Process) { p.Root.Lower = nil }, nil},
+		{"missing lower", func(p *Process) { p.Root.Lower = []string{b.dir + "/nope", b.dir + "/base"} }, fs.ErrNotExist},
+		{"no command", func(p *Process) { p.Args = nil }, nil},
+		{"target /", func(p *Process) { p.Mounts = []Mount{{Type: Tmpfs, Target: "/"}} }, nil},
+		{"missing target", func(p *Process) { p.Mounts = []Mount{{Type: Tmpfs, Target: "/nope"}} }, fs.ErrNotExist},
+		{"missing source", func(p *Process) { p.Mounts = []Mount{{Type: Bind, Source: b.dir + "/nope", Target: "/tmp"}} }, fs.ErrNotExist},
+		{"network", func(p *Process) { p.Network = "mynet" }, nil},
+		{"directory is a file", func(p *Process) { p.Dir = "/bin/inside/x" }, syscall.ENOTDIR},
+		{"bad host", func(p *Process) { p.ExtraHosts = []string{"x"} }, nil},
+	}
+	for _, tt := range tests {
+		p := b.process("exit", "0")
+		tt.change(&p)
+		_, err := b.run(p)
+		var setup *SetupError
+		if !errors.As(err, &setup) || tt.want != nil && !errors.Is(err, tt.want) {
+			t.Errorf("%s: got %v, want *SetupError of %v", tt.name, err, tt.want)
+		}
+	}
+	if got := b.upper(); got != nil {
+		t.Errorf("left in the upper directory: %q", got)
+	}
+}
+
+func TestRunOrphans(t *testing.T) {
+	b := newBox(t)
+	b.must(b.process("orphan"))
+}
+
+func TestRunCancel(t *testing.T) {
+	b := newBox(t)
+	cause := errors.New("enough")
+	ctx, cancel := context.WithCancelCause(t.Context())
+	p := b.process("sleep")
+	p.Stdout = writerFunc(func(b []byte) (int, error) {
+		cancel(cause)
+		return len(b), nil
+	})
+	if err := Run(ctx, p); !errors.Is(err, cause) {
+		t.Errorf("got %v, want %v", err, cause)
+	}
+	if err := Run(ctx, p); !errors.Is(err, context.Canceled) {
+		t.Errorf("cancelled before: %v", err)
+	}
+}
+
+type writerFunc func(b []byte) (int, error)
+
+func (f writerFunc) Write(b []byte) (int, error) { return f(b) }
+
+func TestRunKilled(t *testing.T) {
+	b := newBox(t)
+	p := b.process("sleep")
+	started := make(chan bool, 1)
+	p.Stdout = writerFunc(func(b []byte) (int, error) {
+		started <- true
+		return len(b), nil
+	})
+	done := make(chan error)
+	go func() { done <- Run(t.Context(), p) }()
+	<-started
+	for _, pid := range children(t, os.Getpid()) {
+		syscall.Kill(pid, syscall.SIGTERM) // PID 1 ignores what it does not catch
+		syscall.Kill(pid, syscall.SIGKILL)
+	}
+	var exit *ExitError
+	if err := <-done; !errors.As(err, &exit) || exit.Code != 137 || exit.Signal != syscall.SIGKILL {
+		t.Errorf("got %#v", err)
+	}
+}
+
+// children lists the children of a process.
+func children(t testing.TB, parent int) (pids []int) {
+	t.Helper()
+	stats, _ := filepath.Glob("/proc/[0-9]*/stat")
+	for _, name := range stats {
+		b, err := os.ReadFile(name)
+		if err != nil {
+			continue
+		}
+		var pid, ppid int
+		var state string
+		fmt.Sscan(string(b), &pid)
+		fmt.Sscan(string(b[bytes.LastIndexByte(b, ')')+1:]), &state, &ppid)
+		if ppid == parent && state != "Z" {
+			pids = append(pids, pid)
+		}
+	}
+	return pids
+}
+
+func TestRunOutputs(t *testing.T) {
+	b := newBox(t)
+	var out, errs bytes.Buffer
+	p := b.process("exit", "3")
+	p.Stdout, p.Stderr = &out, &errs
+	if err := Run(t.Context(), p); err == nil || out.String() != "" || errs.String() != "leaving\n" {
+		t.Errorf("Run: %v, output %q, errors %q", err, &out, &errs)
+	}
+	full := errors.New("disk full")
+	p = newBox(t).process("hostname")
+	p.Stdout = writerFunc(func([]byte) (int, error) { return 0, full })
+	if err := Run(t.Context(), p); !errors.Is(err, full) {
+		t.Errorf("broken writer: %v", err)
+	}
+}
+
+// A process may hand its output to one outside its namespaces.
+func TestOutputLeftOpen(t *testing.T) {
+	r, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer w.Close()
+	var got bytes.Buffer
+	o := &output{from: r, to: &got, done: make(chan struct{})}
+	want := strings.Repeat("x", 60000)
+	w.WriteString(want)
+	go o.pump()
+	o.finish()
+	if got.String() != want || o.err != nil {
+		t.Errorf("got %d bytes, %v; want %d", got.Len(), o.err, len(want))
+	}
 }
