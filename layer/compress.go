@@ -8,6 +8,7 @@ import (
 	"runtime"
 	"strings"
 	"sync"
+	"time"
 
 	"github.com/klauspost/compress/gzip"
 	"github.com/klauspost/compress/zstd"
@@ -103,6 +104,7 @@ func (c Compression) compressor(w io.Writer) (io.WriteCloser, error) {
 		if err != nil {
 			return nil, err
 		}
+		z.ModTime = time.Unix(0, 0) // the zero Time would be written as some seconds
 		// Each block in flight costs about 3 MiB.
 		return z, z.SetConcurrency(gzipBlock, min(runtime.GOMAXPROCS(0), 16))
 	case Zstd:

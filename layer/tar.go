@@ -14,7 +14,6 @@ const (
 	whiteoutPrefix = ".wh."
 	opaqueMarker   = ".wh..wh..opq"
 	xattrRecord    = "SCHILY.xattr."
-	capability     = "security.capability"
 )
 
 // header is the one tar header that e has: no user and group names, no times
@@ -107,7 +106,7 @@ func ownFields(e Entry) Entry {
 func keptXattrs(all map[string]string) map[string]string {
 	var kept map[string]string
 	for name, value := range all {
-		if !keepsXattr(name) {
+		if !layerXattr(name) {
 			continue
 		}
 		if kept == nil {
@@ -116,8 +115,4 @@ func keptXattrs(all map[string]string) map[string]string {
 		kept[name] = value
 	}
 	return kept
-}
-
-func keepsXattr(name string) bool {
-	return name == capability || strings.HasPrefix(name, "user.") && !strings.HasPrefix(name, overlayXattrs)
 }

@@ -238,6 +238,39 @@ func (s *Store) rebuild(ctx context.Context, l Layer, k Sinks, x *index, dir str
 	return err
 }
 
+// reindex makes the index of l from its tree, if the tree still says all that
+// the layer says.
+func (s *Store) reindex(ctx context.Context, l Layer) error {
+	root, err := rootfs.Open(s.treePath(l))
+	if err != nil {
+		return err
+	}
+	defer root.Close()
+	nothing := func(string) (*Entry, bool) { return nil, false }
+	files := walker{ctx: ctx, root: root, lower: nothing, single: s.single}
+	top, err := files.walk()
+	if err != nil {
+		return err
+	}
+	linkUp(top)
+	w, err := s.newWriter(ctx, Sinks{}, "")
+	if err != nil {
+		return err
+	}
+	defer w.Abort()
+	w.expect = l.DiffID
+	top.each(func(n *node) {
+		// Whether the layer has an entry for its root the tree doesn't tell; those that filo makes seldom have one.
+		if err == nil && n.Path != "." && (n.verdict != void || n.Type == Whiteout) {
+			err = files.addOne(n, w)
+		}
+	})
+	if err == nil {
+		_, err = w.Close()
+	}
+	return err
+}
+
 func addFrom(w *Writer, dirs *dirStack, e Entry) error {
 	if e.Type != Regular {
 		return w.Add(e, nil)
