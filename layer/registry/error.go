@@ -150,6 +150,9 @@ func explain(err error, ref string) error {
 	if errors.As(err, &local) {
 		return fmt.Errorf("%s: %w", ref, local.error)
 	}
+	if distrusted(err) { // before what a second try in the clear was told
+		return &Error{Ref: ref, Class: TLS, Text: oneLine(connectionText(err)), Err: err}
+	}
 	var te *transport.Error // what go-containerregistry makes of an answer while signing in
 	if errors.As(err, &te) {
 		var texts []string
@@ -172,15 +175,10 @@ func connectionClass(err error) Class {
 		return Other
 	}
 	var (
-		record  tls.RecordHeaderError
-		cert    *tls.CertificateVerificationError
-		alert   tls.AlertError
-		unknown x509.UnknownAuthorityError
-		host    x509.HostnameError
-		invalid x509.CertificateInvalidError
+		record tls.RecordHeaderError
+		alert  tls.AlertError
 	)
-	if errors.Is(err, errClear) || errors.As(err, &record) || errors.As(err, &cert) || errors.As(err, &alert) ||
-		errors.As(err, &unknown) || errors.As(err, &host) || errors.As(err, &invalid) ||
+	if errors.Is(err, errClear) || errors.As(err, &record) || errors.As(err, &alert) || distrusted(err) ||
 		strings.Contains(err.Error(), "server gave HTTP response to HTTPS client") {
 		return TLS
 	}
@@ -189,6 +187,17 @@ func connectionClass(err error) Class {
 		return Unreachable
 	}
 	return Other
+}
+
+// distrusted reports whether a host's certificate was not accepted.
+func distrusted(err error) bool {
+	var (
+		cert    *tls.CertificateVerificationError
+		unknown x509.UnknownAuthorityError
+		host    x509.HostnameError
+		invalid x509.CertificateInvalidError
+	)
+	return errors.As(err, &cert) || errors.As(err, &unknown) || errors.As(err, &host) || errors.As(err, &invalid)
 }
 
 // connectionText is the innermost useful text: URLs are left out, since query strings carry tokens.
