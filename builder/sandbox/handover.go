@@ -39,13 +39,10 @@ const (
 	blobData // and the following: one a mount, empty unless it is Data
 )
 
-// prepare checks p, fills in the defaults and packs it for the child.
+// prepare fills in the defaults of p and packs it for the child.
 func prepare(p Process) (*handover, error) {
 	fail := func(step string, err error) (*handover, error) {
 		return nil, &SetupError{Step: step, Err: err}
-	}
-	if err := check(p); err != nil {
-		return nil, err
 	}
 	if p.Hostname == "" {
 		p.Hostname = "buildkitsandbox"

@@ -143,8 +143,7 @@ func Run(ctx context.Context, p Process) error {
 	if err := ctx.Err(); err != nil {
 		return err
 	}
-	h, err := prepare(p)
-	if err != nil {
+	if err := check(p); err != nil {
 		return err
 	}
 	// The kernel sends the death signal when the thread that made the child
@@ -158,8 +157,12 @@ func Run(ctx context.Context, p Process) error {
 	defer c.close()
 	stop := context.AfterFunc(ctx, func() { c.process.Kill() })
 	defer stop()
-	// A child that dies early says why on its report, or not at all.
-	_ = h.send(c.order)
+	// While the child starts, there is time to prepare what it will read.
+	if err := c.instruct(p); err != nil {
+		c.process.Kill()
+		c.process.Wait()
+		return err
+	}
 	started, failure := readReport(c.report)
 	state, err := c.process.Wait()
 	c.finish()
@@ -252,6 +255,16 @@ func start(p Process) (*running, error) {
 		go o.pump()
 	}
 	return c, nil
+}
+
+func (c *running) instruct(p Process) error {
+	h, err := prepare(p)
+	if err != nil {
+		return err
+	}
+	// A child that dies before it has read all says why on its report.
+	_ = h.send(c.order)
+	return nil
 }
 
 func namespaces(n Network) uintptr {
