@@ -1,0 +1,271 @@
+package layer
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"path"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	"golang.org/x/sync/errgroup"
+	"golang.org/x/sys/unix"
+
+	"filo/layer/rootfs"
+)
+
+// MountPoint is a path that must exist in an [Overlay] because something gets mounted there.
+type MountPoint struct {
+	Path string // absolute or relative to the root; symbolic links are followed inside the root
+	Dir  bool   // a directory, else a file
+}
+
+// Overlay is what an overlay mount is made of: unpacked layers below a fresh upper directory.
+// It is not mounted. The caller closes it.
+type Overlay struct {
+	Lower []string // highest first, never empty
+	Upper string
+	Work  string
+
+	dir   string
+	view  *View
+	stubs map[string]Entry // what the top lower has that no layer has
+}
+
+// Overlay unpacks the layers, lowest first, that are not unpacked yet, side by side, and
+// makes an upper directory for them. Mount points that the layers lack are put in an extra
+// top lower directory, so that they never show up in the upper. No layers are fine.
+func (s *Store) Overlay(ctx context.Context, layers []Layer, points []MountPoint) (*Overlay, error) {
+	trees, err := s.trees(ctx, layers)
+	if err != nil {
+		return nil, err
+	}
+	view, err := s.View(ctx, layers)
+	if err != nil {
+		return nil, err
+	}
+	dir, err := s.Temp("overlay-")
+	if err != nil {
+		return nil, err
+	}
+	o := &Overlay{
+		Lower: trees, Upper: filepath.Join(dir, "upper"), Work: filepath.Join(dir, "work"),
+		dir: dir, view: view, stubs: map[string]Entry{},
+	}
+	if err := o.fill(points, s.single); err != nil {
+		return nil, errors.Join(fmt.Errorf("make overlay: %w", err), o.Close())
+	}
+	return o, nil
+}
+
+// Close throws the upper directory away, unless it became a layer. It may be called again.
+func (o *Overlay) Close() error {
+	if err := removeAll(o.dir); err != nil {
+		return fmt.Errorf("remove overlay: %w", err)
+	}
+	return nil
+}
+
+// trees returns the unpacked layers, highest first.
+func (s *Store) trees(ctx context.Context, layers []Layer) ([]string, error) {
+	trees := make([]string, len(layers))
+	g, ctx := errgroup.WithContext(ctx)
+	g.SetLimit(parallel)
+	for i, l := range layers {
+		g.Go(func() (err error) {
+			trees[len(layers)-1-i], err = s.Tree(ctx, l)
+			return err
+		})
+	}
+	return trees, g.Wait()
+}
+
+// fill makes what Overlay promises below o.dir.
+func (o *Overlay) fill(points []MountPoint, single bool) error {
+	plan := stubPlan{view: o.view, dirs: map[string]Entry{}, new: o.stubs}
+	for _, p := range points {
+		if err := plan.mountPoint(p); err != nil {
+			return err
+		}
+	}
+	plan.impliedDirs()
+	root, err := rootfs.Open(o.dir)
+	if err != nil {
+		return err
+	}
+	defer root.Close()
+	if len(plan.dirs) > 0 || len(o.Lower) == 0 {
+		o.Lower = slices.Insert(o.Lower, 0, filepath.Join(o.dir, "stub"))
+		if err := root.Mkdir("stub", 0o755); err != nil {
+			return err
+		}
+		if err := plan.write(root, single); err != nil {
+			return err
+		}
+	}
+	for _, name := range []string{"upper", "work"} {
+		if err := root.Mkdir(name, 0o755); err != nil {
+			return err
+		}
+	}
+	e, _, _ := o.view.lookup(".")
+	return dress(root, "upper", e, single)
+}
+
+// stubPlan collects what the stub lower has to hold.
+type stubPlan struct {
+	view *View
+	dirs map[string]Entry // all of it by path, parents included, but for the root
+	new  map[string]Entry // those that no layer has
+}
+
+// mountPoint adds p and the directories it needs, unless the layers have it.
+func (s *stubPlan) mountPoint(p MountPoint) error {
+	name, err := s.view.Resolve(p.Path, true)
+	if err != nil {
+		return err
+	}
+	if _, _, ok := s.view.lookup(name); ok {
+		return nil
+	}
+	if _, ok := s.new[name]; ok {
+		return nil
+	}
+	if err := s.parents(name, p.Path); err != nil {
+		return err
+	}
+	e := Entry{Path: name, Type: Dir, Mode: 0o755}
+	if !p.Dir {
+		e = Entry{Path: name, Type: Regular, Mode: 0o644, Digest: emptyDigest}
+	}
+	s.new[name], s.dirs[name] = e, e
+	return nil
+}
+
+// emptyDigest is the digest of no bytes.
+const emptyDigest = "sha256:e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
+
+// parents adds the ancestors of name: copies of those that are there, so that the merged
+// directory keeps its attributes, and new ones.
+func (s *stubPlan) parents(name, asked string) error {
+	for dir := path.Dir(name); dir != "."; dir = path.Dir(dir) {
+		if e, ok := s.dirs[dir]; ok {
+			if e.Type != Dir {
+				return fmt.Errorf("mount point %s: /%s is a mount point for a file", asked, dir)
+			}
+			continue
+		}
+		e, _, ok := s.view.lookup(dir)
+		if ok && e.Type != Dir {
+			return fmt.Errorf("mount point %s: /%s is no directory", asked, dir)
+		}
+		if !ok {
+			e = Entry{Path: dir, Type: Dir, Mode: 0o755}
+			s.new[dir] = e
+		}
+		s.dirs[dir] = e
+	}
+	return nil
+}
+
+// impliedDirs adds every directory that the highest layer showing it only implies while a
+// lower one describes it: its tree, made without knowledge of the others, has other
+// attributes than the merged directory must have.
+func (s *stubPlan) impliedDirs() {
+	for i, x := range s.view.indexes[:max(0, len(s.view.indexes)-1)] {
+		for _, dir := range x.impliedDirs() {
+			e, in, ok := s.view.lookup(dir)
+			if !ok || e.Type != Dir || in <= i || s.shownAbove(dir, i) {
+				continue
+			}
+			if _, known := s.dirs[dir]; known {
+				continue
+			}
+			// Only a mount point inside a file makes this fail, and a directory is none.
+			if s.parents(dir, dir) == nil {
+				s.dirs[dir] = e
+			}
+		}
+	}
+}
+
+// shownAbove says whether a layer above layer i has dir: that one decides then.
+func (s *stubPlan) shownAbove(dir string, i int) bool {
+	showing := s.view.showing(dir)
+	return len(showing) > 0 && showing[0] < i
+}
+
+// write makes the planned files in the directory "stub" of root.
+func (s *stubPlan) write(root *rootfs.Root, single bool) error {
+	names := slices.SortedFunc(maps.Keys(s.dirs), comparePaths)
+	for _, name := range names {
+		e, at := s.dirs[name], path.Join("stub", name)
+		var err error
+		if e.Type == Dir {
+			err = root.Mkdir(at, 0o755)
+		} else {
+			err = root.Mknod(at, unix.S_IFREG|0o644, 0, 0)
+		}
+		if err != nil {
+			return err
+		}
+	}
+	// Children first, for times; the mode of a parent could keep an ordinary user out as well.
+	for _, name := range slices.Backward(names) {
+		if err := dress(root, path.Join("stub", name), s.dirs[name], single); err != nil {
+			return err
+		}
+	}
+	e, _, _ := s.view.lookup(".")
+	return dress(root, "stub", e, single)
+}
+
+// dress gives the file at p the attributes of e.
+func dress(root *rootfs.Root, p string, e Entry, single bool) error {
+	err := root.Set(p, rootfs.Attr{Owner: &rootfs.Owner{UID: e.UID, GID: e.GID}})
+	if err != nil && !(single && (errors.Is(err, unix.EPERM) || errors.Is(err, unix.EINVAL))) {
+		return err
+	}
+	err = root.Set(p, rootfs.Attr{Xattrs: visibleXattrs(e.Xattrs)})
+	if err != nil && !errors.Is(err, unix.EOPNOTSUPP) && !(single && errors.Is(err, unix.EPERM)) {
+		return err
+	}
+	return root.Set(p, rootfs.Attr{Mode: &e.Mode, Time: &rootfs.Time{Sec: e.ModTime}})
+}
+
+// overlayXattrs is the prefix of what overlayfs keeps for itself (with userxattr). A layer
+// that carries such attributes must not be able to steer the mount.
+const overlayXattrs = "user.overlay."
+
+func visibleXattrs(all map[string]string) map[string]string {
+	some := maps.Clone(all)
+	maps.DeleteFunc(some, func(key, _ string) bool { return strings.HasPrefix(key, overlayXattrs) })
+	return some
+}
+
+// impliedDirs lists the directories that x names only as parents of others, but the root.
+// Writer and unpack make sure there are next to none, so that the walk over all paths is
+// the whole cost; it is kept.
+func (x *index) impliedDirs() []string {
+	x.impliedOnce.Do(func() { x.implied = x.findImplied() })
+	return x.implied
+}
+
+func (x *index) findImplied() []string {
+	var list []string
+	open := "." // the directory we are in: every ancestor of it is accounted for
+	for i := range x.len() {
+		p, t := x.head(i)
+		parent := path.Dir(p)
+		for dir := parent; dir != "." && dir != open && !beneath(open, dir); dir = path.Dir(dir) {
+			list = append(list, dir)
+		}
+		open = parent
+		if t == Dir {
+			open = p
+		}
+	}
+	return list
+}

@@ -1,0 +1,226 @@
+package layer
+
+import (
+	"context"
+	"fmt"
+	"path"
+	"slices"
+	"strings"
+
+	"filo/layer/rootfs"
+)
+
+// Snapshot makes a layer of what the upper directory of o holds; the directory becomes the
+// layer's tree. The overlay must not be mounted any more and can only be closed afterwards.
+//
+// The layer is the difference of two merged file systems: copied-up files that are as they
+// were are left out, so are directories of which only the mtime changed, sockets, whiteouts
+// of what no layer has, and mount points. Deletions are explicit, one whiteout for each
+// topmost path that is gone. The directories that lead to an entry are entries themselves.
+// Files that are hard links of each other stay so.
+func (s *Store) Snapshot(ctx context.Context, o *Overlay, sinks Sinks) (Layer, error) {
+	root, err := rootfs.Open(o.Upper)
+	if err != nil {
+		return Layer{}, fmt.Errorf("snapshot: %w", err)
+	}
+	defer root.Close()
+	w := &walker{ctx: ctx, root: root, lower: o.below, single: s.single}
+	top, err := w.walk()
+	if err != nil {
+		return Layer{}, fmt.Errorf("snapshot: %w", err)
+	}
+	linkUp(top)
+	expand(top, o.view)
+	mark(top)
+	l, err := s.record(w, top, o.Upper, sinks)
+	if err != nil {
+		return Layer{}, fmt.Errorf("snapshot: %w", err)
+	}
+	return l, nil
+}
+
+// below is what the lower directories show at p.
+func (o *Overlay) below(p string) (*Entry, bool) {
+	if e, ok := o.view.Entry(p); ok {
+		return e, true
+	}
+	e, ok := o.stubs[p]
+	return &e, ok
+}
+
+// linkUp makes names of one file hard links of the first of them. If one of them changed all
+// are in the layer, else the others would be cut off from it.
+func linkUp(top *node) {
+	names := map[[2]uint64][]*node{}
+	top.each(func(n *node) {
+		if n.Type == Regular && n.links > 1 {
+			names[n.inode] = append(names[n.inode], n)
+		}
+	})
+	for _, group := range names {
+		if !slices.ContainsFunc(group, func(n *node) bool { return n.verdict == changed }) {
+			continue
+		}
+		for i, n := range group {
+			n.verdict = changed
+			if i > 0 {
+				n.Type, n.Link, n.Size = Hardlink, group[0].Path, 0
+			}
+		}
+	}
+}
+
+// expand says in single deletions what opaque directories hide.
+func expand(top *node, view *View) {
+	top.each(func(n *node) {
+		if n.Type != Dir || !n.opaque {
+			return
+		}
+		for _, e := range view.children(n.Path) {
+			i, found := slices.BinarySearchFunc(n.children, e.Path, func(c *node, p string) int {
+				return strings.Compare(c.Path, p)
+			})
+			if !found {
+				gone := &node{Entry: Entry{Path: e.Path, Type: Whiteout}}
+				n.children = slices.Insert(n.children, i, gone)
+			}
+		}
+	})
+}
+
+// mark sets emit for n and everything in it.
+func mark(n *node) bool {
+	inside := false
+	for _, c := range n.children {
+		inside = mark(c) || inside
+	}
+	// The root is there in any case.
+	n.emit = n.verdict == changed || inside && n.Path != "."
+	return n.emit || inside
+}
+
+// each visits n and everything in it in canonical order.
+func (n *node) each(visit func(*node)) {
+	visit(n)
+	for _, c := range n.children {
+		c.each(visit)
+	}
+}
+
+// record writes the marked nodes as a layer and trims the upper to be its tree.
+func (s *Store) record(w *walker, top *node, upper string, sinks Sinks) (Layer, error) {
+	writer, err := s.createAdopting(w.ctx, sinks, upper)
+	if err != nil {
+		return Layer{}, err
+	}
+	if err := w.add(top, writer); err != nil {
+		writer.Abort()
+		return Layer{}, err
+	}
+	d, err := w.root.Dir(".")
+	if err != nil {
+		writer.Abort()
+		return Layer{}, err
+	}
+	defer d.Close()
+	t := trimmer{epoch: sinks.Epoch, lower: w.lower}
+	if err := t.trim(d, top); err != nil {
+		writer.Abort()
+		return Layer{}, err
+	}
+	return writer.Close()
+}
+
+// add writes n and what is in it.
+func (w *walker) add(n *node, writer *Writer) error {
+	if err := w.ctx.Err(); err != nil {
+		return context.Cause(w.ctx)
+	}
+	if n.emit {
+		if err := w.addOne(n, writer); err != nil {
+			return err
+		}
+	}
+	for _, c := range n.children {
+		if err := w.add(c, writer); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (w *walker) addOne(n *node, writer *Writer) error {
+	if n.Type != Regular {
+		return writer.Add(n.Entry, nil)
+	}
+	f, err := w.open(n)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	return writer.Add(n.Entry, f)
+}
+
+// trimmer makes an upper directory say the same as the layer that was made of it.
+type trimmer struct {
+	epoch *int64
+	lower func(string) (*Entry, bool)
+}
+
+// trim goes through the directory n, which is open as d. What is no entry is removed,
+// but for files as they were inside an opaque directory: the lower ones do not show there.
+func (t trimmer) trim(d *rootfs.Dir, n *node) error {
+	touched := false
+	for _, c := range n.children {
+		if !c.inUpper {
+			continue
+		}
+		name := path.Base(c.Path)
+		if c.verdict == void || !c.emit && !n.opaque {
+			if err := d.RemoveAll(name); err != nil {
+				return err
+			}
+			touched = true
+			continue
+		}
+		if err := t.child(d, name, c); err != nil {
+			return err
+		}
+	}
+	if n.Path == "." {
+		return nil
+	}
+	if !n.emit { // only inside an opaque directory
+		if l, ok := t.lower(n.Path); ok {
+			return d.Chtimes(".", rootfs.Time{Sec: l.ModTime})
+		}
+	}
+	if touched || t.late(n) {
+		return d.Chtimes(".", rootfs.Time{Sec: t.clamp(n.ModTime)})
+	}
+	return nil
+}
+
+func (t trimmer) child(d *rootfs.Dir, name string, c *node) error {
+	if c.Type == Dir {
+		sub, err := d.Dir(name)
+		if err != nil {
+			return err
+		}
+		defer sub.Close()
+		return t.trim(sub, c)
+	}
+	if c.emit && t.late(c) && c.Type != Whiteout {
+		return d.Chtimes(name, rootfs.Time{Sec: *t.epoch})
+	}
+	return nil
+}
+
+func (t trimmer) late(n *node) bool { return t.epoch != nil && n.ModTime > *t.epoch }
+
+func (t trimmer) clamp(sec int64) int64 {
+	if t.epoch != nil && sec > *t.epoch {
+		return *t.epoch
+	}
+	return sec
+}
