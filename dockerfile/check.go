@@ -227,8 +227,8 @@ func (f *File) checkFromArgs(text string, word shell.ProcessWordResult, where []
 			names = append(names, k)
 		}
 	}
-	for _, k := range sortedKeys(word.Unmatched) {
-		if slices.Contains(names, k) || !usedBare(text, k) {
+	for _, k := range bare(text, word.Unmatched) {
+		if slices.Contains(names, k) {
 			continue
 		}
 		near, _ := suggest.Search(k, names, true)
@@ -256,9 +256,9 @@ func checkPlatformFlag(st instructions.Stage, word shell.ProcessWordResult, vars
 
 // checkUnmatched reports variables that are neither set nor declared.
 func (st *state) checkUnmatched(word string, unmatched map[string]struct{}, where []parser.Range) {
-	for _, k := range sortedKeys(unmatched) {
+	for _, k := range bare(word, unmatched) {
 		declared := slices.ContainsFunc(st.config.Args, func(a Arg) bool { return a.Name == k })
-		if declared || !exported(k) || !usedBare(word, k) {
+		if declared || !exported(k) {
 			continue
 		}
 		near, _ := suggest.Search(k, st.vars.Keys(), true)
@@ -266,13 +266,21 @@ func (st *state) checkUnmatched(word string, unmatched map[string]struct{}, wher
 	}
 }
 
-// usedBare says whether a word uses a variable anywhere without a default or an alternative. Where it has one, not
-// being set is nothing to warn of (BuildKit does).
-func usedBare(word, name string) bool {
-	quoted := regexp.QuoteMeta(name)
-	guarded := regexp.MustCompile(`\$\{` + quoted + `:?[-+?]`)
-	bare := regexp.MustCompile(`\$(\{` + quoted + `\b|` + quoted + `\b)`)
-	return len(bare.FindAllString(word, -1)) > len(guarded.FindAllString(word, -1)) || !bare.MatchString(word)
+var variable = regexp.MustCompile(`\$(?:(\w+)|\{(\w+)(:?[-+?])?)`)
+
+// bare returns which of the unmatched variables of a word stand anywhere in it without a default or an alternative,
+// in the order of their names. Where they have one, not being set is nothing to warn of (BuildKit does).
+func bare(word string, unmatched map[string]struct{}) []string {
+	const most = 100 // nobody reads more, and looking for near names takes time
+	used := map[string]bool{}
+	for _, m := range variable.FindAllStringSubmatch(word, -1) {
+		name := m[1] + m[2]
+		if _, ok := unmatched[name]; ok && m[3] == "" {
+			used[name] = true
+		}
+	}
+	names := sortedKeys(used)
+	return names[:min(len(names), most)]
 }
 
 func (st *state) checkKeyValue(c instructions.Command, kv instructions.KeyValuePair) {
@@ -352,7 +360,7 @@ func (f *File) noteRules(rules []string) {
 		if r == "" || slices.Contains(ruleNames, r) {
 			continue
 		}
-		err := suggest.WrapError(fmt.Errorf("there is no build check %s", r), r, ruleNames, false)
+		err := suggest.WrapError(fmt.Errorf("there is no build check %s", r), r, ruleNames, true)
 		f.Notes = append(f.Notes, err.Error())
 	}
 }

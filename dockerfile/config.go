@@ -59,13 +59,24 @@ func (st *state) configure(cmd instructions.Command) (string, error) {
 
 func (st *state) env(c *instructions.EnvCommand) string {
 	text := "ENV"
+	list, place := slices.Clone(st.config.Env), map[string]int{}
+	for i := len(list) - 1; i >= 0; i-- {
+		k, _, _ := strings.Cut(list[i], "=")
+		place[k] = i
+	}
 	for _, kv := range c.Env {
 		st.checkKeyValue(c, kv)
 		checkSecretName("ENV", kv.Key, c.Location(), st.lint)
 		text += " " + kv.String()
 		st.vars.set(kv.Key, kv.Value)
-		st.config.Env = setEnv(st.config.Env, kv.Key, kv.Value)
+		if i, ok := place[kv.Key]; ok {
+			list[i] = kv.String()
+			continue
+		}
+		place[kv.Key] = len(list)
+		list = append(list, kv.String())
 	}
+	st.config.Env = list
 	return text
 }
 
@@ -87,6 +98,7 @@ func (st *state) label(c *instructions.LabelCommand) string {
 // arg declares arguments; unlike elsewhere each sees those before it on the same line.
 func (st *state) arg(c *instructions.ArgCommand, step *Step) error {
 	text := "ARG"
+	st.config.Args = slices.Clone(st.config.Args)
 	for _, kv := range c.Args {
 		checkSecretName("ARG", kv.Key, c.Location(), st.lint)
 		value := kv.Value
@@ -122,15 +134,13 @@ func (st *state) arg(c *instructions.ArgCommand, step *Step) error {
 
 // declare adds an argument to those in scope; declared again without a value it keeps the one it has.
 func (st *state) declare(name string, value *string) {
-	args := slices.Clone(st.config.Args)
-	i := slices.IndexFunc(args, func(a Arg) bool { return a.Name == name })
+	i := slices.IndexFunc(st.config.Args, func(a Arg) bool { return a.Name == name })
 	switch {
 	case i < 0:
-		args = append(args, Arg{name, value})
+		st.config.Args = append(st.config.Args, Arg{name, value})
 	case value != nil:
-		args[i].Value = value
+		st.config.Args[i].Value = value
 	}
-	st.config.Args = args
 }
 
 // exported says whether commands see an argument: those that steer the SBOM scanner are not for them.
@@ -216,6 +226,9 @@ func (st *state) workdir(c *instructions.WorkdirCommand, step *Step) {
 
 // joinDir returns where WORKDIR leads to. An absolute path is kept as written.
 func joinDir(dir, p string) string {
+	if p == "" {
+		p = dir
+	}
 	if path.IsAbs(p) {
 		return p
 	}

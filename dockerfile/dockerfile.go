@@ -8,8 +8,8 @@
 // Start at [Parse]. dockerfile.go holds the whole file and [File.Plan] (which stages, in which order), stage.go one
 // stage and [Stage.Steps], step.go the types that the builder works with. Of the instructions, run.go has RUN and
 // its mounts, copy.go COPY and ADD, config.go those that only change the config. env.go has variables and arguments,
-// names.go what a name in FROM or --from means, check.go the build checks, outline.go what a file offers to its
-// callers, and error.go errors with their place in the file.
+// names.go what a name in FROM or --from means, epoch.go SOURCE_DATE_EPOCH, check.go the build checks, outline.go
+// what a file asks of its caller, error.go errors with their place in the file, suggest.go what was probably meant.
 package dockerfile
 
 import (

@@ -61,22 +61,10 @@ func (e *env) list() []string {
 	return out
 }
 
-// setEnv returns a copy of an image's environment with k replaced in place or appended.
-func setEnv(list []string, k, v string) []string {
-	list = slices.Clone(list)
-	for i, kv := range list {
-		if key, _, _ := strings.Cut(kv, "="); key == k {
-			list[i] = k + "=" + v
-			return list
-		}
-	}
-	return append(list, k+"="+v)
-}
-
 // A Dockerfile of a few lines could otherwise ask for more memory than there is: ENV A=$A$A, forty times.
 const (
-	maxWord    = 1 << 20 // bytes that variables may add to one word
-	maxStage   = 1 << 26 // the same over a stage
+	maxWord    = 1 << 18 // bytes that variables may add to one word
+	maxStage   = 1 << 26 // bytes of text that a stage may come to
 	maxReplace = 1 << 28 // bytes that replacing in a word might make at worst
 )
 

@@ -113,7 +113,7 @@ func (f *File) place(err error, where []Range) error {
 	}
 	var e *Error
 	if !errors.As(err, &e) {
-		return &Error{File: f.Name, Ranges: where, Source: f.lines, Err: err}
+		return &Error{File: f.Name, Ranges: where, Source: f.lines, Err: settle(err)}
 	}
 	if len(e.Ranges) > 0 || e.File != "" {
 		return err

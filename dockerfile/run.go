@@ -42,6 +42,11 @@ func (st *state) run(c *instructions.RunCommand, froms []Ref, step *Step) error 
 		return err
 	}
 	op.Env = st.runEnv(op.Mounts)
+	for _, kv := range op.Env {
+		if err := st.grow(len(kv)); err != nil {
+			return err
+		}
+	}
 	step.Op = op
 	step.Text = st.runTitle(c, note)
 	step.History = "RUN " + st.runHistory(words) + " # buildkit"

@@ -330,7 +330,7 @@ func (s *Stage) parseTrigger(text string, where []parser.Range) (*parser.Node, e
 	if err != nil {
 		return nil, &Error{
 			File: s.file.Name, Ranges: ranges(where), Source: s.file.lines,
-			Err: fmt.Errorf("ONBUILD trigger %.80q: %w", text, err),
+			Err: fmt.Errorf("ONBUILD trigger %.80q: %w", text, settle(err)),
 		}
 	}
 	return n, nil
@@ -407,6 +407,9 @@ func (st *state) step(n *parser.Node, trigger bool) (Step, error) {
 	step := Step{Text: upperFirst(cmd.(fmt.Stringer).String())}
 	step.Start, step.End = lines(n.Location())
 	if err := st.do(cmd, &step); err != nil {
+		return Step{}, st.file.at(err, n.Location())
+	}
+	if err := st.grow(len(step.Text) + len(step.History)); err != nil {
 		return Step{}, st.file.at(err, n.Location())
 	}
 	if trigger {
