@@ -66,6 +66,10 @@ func (a *app) runBuild(cmd *cobra.Command, f *buildFlags, ref string) error {
 	if err != nil {
 		return wrong(err)
 	}
+	call, err := f.what.parseCall()
+	if err != nil {
+		return wrong(err)
+	}
 	if f.what.file == "-" && ref == "-" {
 		return wrong(errors.New("can't use stdin for both build context and dockerfile"))
 	}
@@ -84,6 +88,9 @@ func (a *app) runBuild(cmd *cobra.Command, f *buildFlags, ref string) error {
 		return err
 	}
 	defer j.close()
+	if call.method != "build" {
+		return j.call(cmd.Context(), call)
+	}
 	return j.build(cmd.Context())
 }
 

@@ -24,6 +24,7 @@ func (a *app) report(err error) {
 		fmt.Fprintf(&b, "ERROR: %v\n", sig)
 	case errors.As(err, &usage):
 		fmt.Fprintln(&b, usage)
+	case errors.Is(err, errFound):
 	default:
 		a.describe(&b, err)
 	}

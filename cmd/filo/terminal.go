@@ -3,6 +3,7 @@ package main
 import (
 	"io"
 	"os"
+	"sync"
 	"time"
 
 	"golang.org/x/term"
@@ -41,9 +42,9 @@ func ticker(every time.Duration, f func()) func() {
 			}
 		}
 	}()
-	return func() {
+	return sync.OnceFunc(func() {
 		t.Stop()
 		close(stop)
 		<-done
-	}
+	})
 }

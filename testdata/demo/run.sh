@@ -9,7 +9,7 @@ mkdir -p "$demo/bin"
 
 CGO_ENABLED=0 ${GO:-go} build -trimpath -ldflags='-s -w' -o "$demo/bin/toybox" ./testdata/toybox
 
-build() { rm -rf "$demo/layout" && ./filo build --progress plain -o type=oci,tar=false,dest="$demo/layout" -t demo testdata/demo; }
+build() { rm -rf "$demo/layout" && ./filo build --progress plain -o type=oci,tar=false,dest="$demo/layout" --load -t demo testdata/demo; }
 
 echo "== the base image, from scratch"
 ./filo build --progress plain -t toybox --build-context bin="$demo/bin" testdata/base
