@@ -300,7 +300,13 @@ func (f *foreign) add(h *tar.Header, content io.Reader) error {
 		return err
 	}
 	dir, base := path.Dir(name), path.Base(name)
-	if name != "." && strings.HasPrefix(base, whiteoutPrefix) {
+	switch mark, rest := cutMark(name); {
+	case mark == "":
+	case strings.HasPrefix(mark, whiteoutPrefix+whiteoutPrefix) && mark != opaqueMarker:
+		return nil // aufs, where these names come from, has more marks; they mean nothing here
+	case rest != "":
+		return errors.New("name is inside a whiteout")
+	default:
 		return f.addWhiteout(dir, base)
 	}
 	e, err := entryOf(h)
@@ -337,6 +343,19 @@ func (f *foreign) add(h *tar.Header, content io.Reader) error {
 		return err
 	}
 	return f.tree.add(e)
+}
+
+// cutMark returns the first component of name that marks something, and what
+// comes after it.
+func cutMark(name string) (mark, rest string) {
+	for name != "" {
+		part, after, _ := strings.Cut(name, "/")
+		if strings.HasPrefix(part, whiteoutPrefix) {
+			return part, after
+		}
+		name = after
+	}
+	return "", ""
 }
 
 // cleanName is a tar's name as a path in the root.
@@ -425,9 +444,6 @@ func HeaderXattrs(h *tar.Header) map[string]string {
 const maxXattr = 64 << 10
 
 func (f *foreign) addWhiteout(dir, base string) error {
-	if strings.HasPrefix(base, whiteoutPrefix+whiteoutPrefix) && base != opaqueMarker {
-		return nil // aufs, where these names come from, has more marks; they mean nothing here
-	}
 	name := strings.TrimPrefix(base, whiteoutPrefix)
 	if name == "" || name == "." || name == ".." {
 		return errors.New("whiteout of nothing")
