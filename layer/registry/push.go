@@ -61,8 +61,8 @@ func (c *Client) send(ctx context.Context, s *session, e endpoint, d ocispec.Des
 		}
 	}
 	for try := 1; ; try++ {
-		err := s.upload(ctx, e, d, open)
-		if err == nil || try == tries || ctx.Err() != nil || !worthResending(err) {
+		resend, err := s.upload(ctx, e, d, open)
+		if err == nil || try == tries || ctx.Err() != nil || !resend {
 			return err
 		}
 		if err := sleep(ctx, c.pause(try)); err != nil {
@@ -130,17 +130,23 @@ type errOpen struct{ error }
 
 func (e errOpen) Unwrap() error { return e.error }
 
-// upload sends a blob with one POST and one PUT. A broken upload starts again from the beginning.
-func (s *session) upload(ctx context.Context, e endpoint, d ocispec.Descriptor, open func(context.Context) (io.ReadCloser, error)) error {
+// upload sends a blob with one POST and one PUT and reports whether an error is worth starting again from the
+// beginning: the transport repeats all but the body.
+func (s *session) upload(ctx context.Context, e endpoint, d ocispec.Descriptor, open func(context.Context) (io.ReadCloser, error)) (bool, error) {
 	body, err := open(ctx)
 	if err != nil {
-		return errOpen{err}
+		return false, errOpen{err}
 	}
 	defer body.Close()
 	at, err := s.begin(ctx, e)
 	if err != nil {
-		return err
+		return false, err
 	}
+	err = s.put(ctx, at, d, body)
+	return err != nil && worthResending(err), err
+}
+
+func (s *session) put(ctx context.Context, at *url.URL, d ocispec.Descriptor, body io.Reader) error {
 	q := at.Query()
 	q.Set("digest", d.Digest.String())
 	at.RawQuery = q.Encode()

@@ -247,6 +247,7 @@ type download struct {
 	url     string
 	ref     string
 	body    io.ReadCloser // nil between connections
+	loose   bool          // the end of body cannot be told from a connection that broke
 	off     int64
 	size    int64 // as the descriptor says; 0 or less: unknown
 	failed  int   // tries since the last byte
@@ -283,6 +284,7 @@ func (d *download) open() error {
 		}
 	}
 	d.body = resp.Body
+	d.loose = resp.ContentLength < 0 && len(resp.TransferEncoding) == 0 && resp.ProtoMajor == 1
 	return nil
 }
 
@@ -307,6 +309,9 @@ func (d *download) Read(p []byte) (int, error) {
 		}
 		if d.ctx.Err() != nil {
 			return n, d.ctx.Err()
+		}
+		if err == io.EOF && !d.loose {
+			return n, &Error{Ref: d.ref, Text: fmt.Sprintf("blob has %d bytes, not %d, and another digest", d.off, d.size)}
 		}
 		d.body.Close()
 		d.body = nil

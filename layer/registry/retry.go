@@ -77,7 +77,10 @@ func (t *retrying) clear(host string) bool { return t.plain[host] || loopback(ho
 // wait returns how long to wait after the given try, and false if the registry asks for more than we have
 // patience for.
 func (t *retrying) wait(try int, resp *http.Response) (time.Duration, bool) {
-	d := t.base << (2 * (try - 1))
+	d := t.base
+	for range try - 1 {
+		d *= 3
+	}
 	d += time.Duration(rand.Int64N(int64(d)/4 + 1)) // many builds that failed together shall not come back together
 	if resp == nil {
 		return d, true
