@@ -66,7 +66,8 @@ var devLinks = [...]struct{ name, to string }{
 const quiet = unix.MOUNT_ATTR_NOSUID | unix.MOUNT_ATTR_NOEXEC | unix.MOUNT_ATTR_NODEV
 
 // standard makes the mounts that every process has.
-func (s *stage) standard(p Process) ([]placement, error) {
+func (s *stage) standard(h *handover) ([]placement, error) {
+	p := h.Process
 	proc, err := procfs()
 	if err != nil {
 		return nil, at("mount /proc", err)
@@ -93,15 +94,18 @@ func (s *stage) standard(p Process) ([]placement, error) {
 		return nil, err
 	}
 	ps = append(ps, inDev...)
-	for i, name := range []string{"/etc/hosts", "/etc/resolv.conf"} {
-		fd, err := s.file(path.Base(name), s.blobs[blobHosts+i], 0o644, 0, 0, true)
+	for _, f := range []struct {
+		name string
+		data []byte
+	}{{"/etc/hosts", h.Hosts}, {"/etc/resolv.conf", h.Resolv}} {
+		fd, err := s.file(path.Base(f.name), f.data, 0o644, 0, 0, true)
 		if err == nil {
 			err = restrict(fd, unix.MOUNT_ATTR_NOEXEC)
 		}
 		if err != nil {
-			return nil, at("mount "+name, err)
+			return nil, at("mount "+f.name, err)
 		}
-		ps = append(ps, placement{mount: fd, target: name})
+		ps = append(ps, placement{mount: fd, target: f.name})
 	}
 	return ps, nil
 }
@@ -165,7 +169,9 @@ func devfs(insecure bool) (int, []placement, error) {
 		err := d.make(dev)
 		if errors.Is(err, unix.EPERM) {
 			var p placement
-			p, err = d.borrow(dev)
+			if p, err = d.borrow(dev); errors.Is(err, unix.ENOENT) {
+				continue // the container we are in lacks it as well
+			}
 			borrowed = append(borrowed, p)
 		}
 		if err != nil {

@@ -1,13 +1,14 @@
 package sandbox
 
 import (
-	"encoding/json"
+	"bytes"
+	"encoding/gob"
 	"errors"
 	"fmt"
-	"io"
 	"os"
 	"os/signal"
 	"runtime"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -30,6 +31,14 @@ const (
 // signals on and ends as the second does. Where nothing works, auto gives the
 // ground "none": what needs no process can still be built there.
 func Enter(isolation string) (Ground, error) {
+	g, err := enter(isolation)
+	if err == nil && abis(runtime.GOARCH) == nil {
+		g.Reason += "; no seccomp filter on " + runtime.GOARCH
+	}
+	return g, err
+}
+
+func enter(isolation string) (Ground, error) {
 	if fd, ok := entered(); ok {
 		return arrive(fd, isolation)
 	}
@@ -218,11 +227,11 @@ func (m idMap) enter(better error) (*entering, error) {
 	if better != nil {
 		g.Reason += " (" + strings.ReplaceAll(better.Error(), "\n", "; ") + ")"
 	}
-	msg, err := json.Marshal(g)
-	if err != nil {
+	msg := bytes.NewBuffer([]byte{starting})
+	if err := gob.NewEncoder(msg).Encode(g); err != nil {
 		return nil, err
 	}
-	if _, err := w.Write(append([]byte{starting}, msg...)); err != nil {
+	if _, err := w.Write(msg.Bytes()); err != nil {
 		return nil, err
 	}
 	return c, nil
@@ -312,12 +321,8 @@ func awaitMaps() {
 func arrive(fd int, isolation string) (Ground, error) {
 	f := os.NewFile(uintptr(fd), "ground")
 	defer f.Close()
-	b, err := io.ReadAll(io.LimitReader(f, 1<<20))
-	if err != nil {
-		return Ground{}, fmt.Errorf("read ground: %w", err)
-	}
 	var g Ground
-	if err := json.Unmarshal(b, &g); err != nil {
+	if err := gob.NewDecoder(f).Decode(&g); err != nil {
 		return Ground{}, fmt.Errorf("read ground: %w", err)
 	}
 	if err := mountsWork(); err == nil {
@@ -336,9 +341,12 @@ func (e *noUserNamespace) Unwrap() error { return e.err }
 
 func (e *noUserNamespace) Error() string { return "make user namespace: " + refused(e.err).Error() }
 
+// refused adds to an error of the kernel what it may take to make it go away.
 func refused(err error) error {
 	why := ""
 	switch {
+	case !slices.ContainsFunc([]error{unix.EPERM, unix.EACCES, unix.ENOSPC, unix.EINVAL, unix.ENOSYS}, func(e error) bool { return errors.Is(err, e) }):
+		return err
 	case errors.Is(err, unix.ENOSPC) || sysctl("user/max_user_namespaces") == "0":
 		why = "set sysctl user.max_user_namespaces above 0"
 	case sysctl("kernel/unprivileged_userns_clone") == "0":

@@ -1,9 +1,9 @@
 package sandbox
 
 import (
+	"bufio"
 	"bytes"
-	"encoding/binary"
-	"encoding/json"
+	"encoding/gob"
 	"fmt"
 	"io"
 	"net/netip"
@@ -19,25 +19,14 @@ const (
 	childName = "filo-sandbox"
 	orderFD   = 3
 	reportFD  = 4
-	// maxHandover bounds what a child reads: far above what a step needs.
-	maxHandover = 1 << 30
 )
 
-// handover is all that a child has to know. It goes through a pipe as one
-// length, JSON, and the raw blobs: secrets are in nobody's arguments,
-// environment or files.
+// handover is all that a child has to know. It goes through a pipe: secrets are
+// in nobody's arguments, environment or files.
 type handover struct {
-	Process Process
-	Lengths []int    // of the blobs
-	blobs   [][]byte // hosts, resolv.conf, seccomp filter, the mounts' data
+	Process               Process
+	Hosts, Resolv, Filter []byte
 }
-
-const (
-	blobHosts = iota
-	blobResolv
-	blobFilter
-	blobData // and the following: one a mount, empty unless it is Data
-)
 
 // prepare fills in the defaults of p and packs it for the child.
 func prepare(p Process) (*handover, error) {
@@ -67,14 +56,8 @@ func prepare(p Process) (*handover, error) {
 			return fail("compile seccomp filter", err)
 		}
 	}
-	h := &handover{Process: p, blobs: [][]byte{hosts, resolv, filter}}
-	h.Process.Mounts = append([]Mount(nil), p.Mounts...)
-	for i := range h.Process.Mounts {
-		m := &h.Process.Mounts[i]
-		h.blobs = append(h.blobs, m.Data)
-		m.Data = nil
-	}
-	return h, nil
+	p.Stdout, p.Stderr = nil, nil
+	return &handover{p, hosts, resolv, filter}, nil
 }
 
 // check finds what can be known to be wrong before a process is made.
@@ -145,53 +128,17 @@ func hostsFile(hostname string, extra []string) ([]byte, error) {
 // send writes the handover and closes w.
 func (h *handover) send(w *os.File) error {
 	defer w.Close()
-	h.Lengths = h.Lengths[:0]
-	for _, b := range h.blobs {
-		h.Lengths = append(h.Lengths, len(b))
-	}
-	head, err := json.Marshal(h)
-	if err != nil {
+	b := bufio.NewWriter(w)
+	if err := gob.NewEncoder(b).Encode(h); err != nil {
 		return err
 	}
-	msg := binary.LittleEndian.AppendUint32(nil, uint32(len(head)))
-	msg = append(msg, head...)
-	for _, b := range h.blobs {
-		msg = append(msg, b...)
-	}
-	_, err = w.Write(msg)
-	return err
+	return b.Flush()
 }
 
 // receive is the child's half of send.
 func receive(r io.Reader) (*handover, error) {
-	all, err := io.ReadAll(io.LimitReader(r, maxHandover))
-	if err != nil {
-		return nil, err
-	}
-	if len(all) < 4 {
-		return nil, io.ErrUnexpectedEOF
-	}
-	n := int(binary.LittleEndian.Uint32(all))
-	all = all[4:]
-	if n > len(all) {
-		return nil, io.ErrUnexpectedEOF
-	}
 	h := &handover{}
-	if err := json.Unmarshal(all[:n], h); err != nil {
-		return nil, err
-	}
-	all = all[n:]
-	for _, n := range h.Lengths {
-		if n < 0 || n > len(all) {
-			return nil, io.ErrUnexpectedEOF
-		}
-		h.blobs = append(h.blobs, all[:n:n])
-		all = all[n:]
-	}
-	if len(h.blobs) != blobData+len(h.Process.Mounts) {
-		return nil, io.ErrUnexpectedEOF
-	}
-	return h, nil
+	return h, gob.NewDecoder(bufio.NewReader(r)).Decode(h)
 }
 
 // report is what a child says when it cannot become the process.
@@ -218,7 +165,7 @@ func readReport(r io.Reader) (started bool, failure *report) {
 		return started, nil
 	}
 	failure = &report{}
-	if err := json.Unmarshal(all, failure); err != nil {
+	if err := gob.NewDecoder(bytes.NewReader(all)).Decode(failure); err != nil {
 		return false, nil
 	}
 	return started, failure

@@ -1,10 +1,13 @@
 package sandbox
 
 import (
-	"encoding/json"
+	"bytes"
+	"encoding/gob"
 	"errors"
+	"fmt"
 	"math"
 	"os"
+	"os/signal"
 	"runtime"
 	"syscall"
 
@@ -63,7 +66,8 @@ func become() error {
 		return at("open working directory "+h.Process.Dir, err)
 	}
 	unix.Umask(0o022)
-	if err := dropPowers(h.Process, h.blobs[blobFilter]); err != nil {
+	heedSignals()
+	if err := dropPowers(h.Process, h.Filter); err != nil {
 		return err
 	}
 	if err := unix.Fchdir(dir); err != nil {
@@ -86,7 +90,7 @@ func enterRoot(h *handover) error {
 	if err != nil {
 		return at("open /", err)
 	}
-	s, err := newStage(h, anchor)
+	s, err := newStage(anchor)
 	if err != nil {
 		return err
 	}
@@ -94,7 +98,7 @@ func enterRoot(h *handover) error {
 	if err != nil {
 		return at("mount root", err)
 	}
-	std, err := s.standard(h.Process)
+	std, err := s.standard(h)
 	if err != nil {
 		return err
 	}
@@ -132,6 +136,9 @@ func pivot(root int) error {
 		return err
 	}
 	if err := unix.PivotRoot(".", "."); err != nil {
+		if errors.Is(err, unix.EINVAL) {
+			return fmt.Errorf("%w: filo's own root is no mount of its own: it runs in a chroot or from an initramfs", err)
+		}
 		return err
 	}
 	for range 32 {
@@ -157,6 +164,13 @@ func overmounted(root int) (bool, error) {
 	}
 	b, err := mountID(root)
 	return a != b, err
+}
+
+// heedSignals undoes that filo was started deaf to these, by nohup or in the
+// background of a script: a caught signal is back at its default once the
+// process executes.
+func heedSignals() {
+	signal.Notify(make(chan os.Signal, 1), unix.SIGHUP, unix.SIGINT, unix.SIGQUIT)
 }
 
 func loopbackUp() error {
@@ -210,9 +224,8 @@ func tell(err error) {
 		r.Code = x.code
 	}
 	errors.As(err, &r.Errno)
-	b, err := json.Marshal(r)
-	if err != nil {
-		return
+	var b bytes.Buffer
+	if gob.NewEncoder(&b).Encode(r) == nil {
+		syscall.Write(reportFD, b.Bytes())
 	}
-	syscall.Write(reportFD, b)
 }

@@ -15,8 +15,7 @@ import (
 // mounted over the host's root in this namespace alone, and goes with it.
 type stage struct {
 	fd    int
-	empty int // a mount of an empty directory
-	blobs [][]byte
+	empty int  // a mount of an empty directory
 	old   bool // the kernel takes an overlay's layers only through mount(2)
 }
 
@@ -25,11 +24,11 @@ const (
 	stageOverlay = "overlay" // where mount(2) puts an overlay for a moment
 )
 
-func newStage(h *handover, anchor int) (*stage, error) {
+func newStage(anchor int) (*stage, error) {
 	const attrs = unix.MOUNT_ATTR_NOSUID | unix.MOUNT_ATTR_NODEV
 	// Secrets must not be swapped out either; older kernels lack the option.
 	fd, err := detached("tmpfs", attrs, "source=tmpfs", "mode=0700", "noswap")
-	if errors.Is(err, unix.EINVAL) {
+	if errors.Is(err, unix.EINVAL) || errors.Is(err, unix.EPERM) {
 		fd, err = detached("tmpfs", attrs, "source=tmpfs", "mode=0700")
 	}
 	if err == nil {
@@ -38,7 +37,7 @@ func newStage(h *handover, anchor int) (*stage, error) {
 	if err != nil {
 		return nil, at("mount stage", kernelTooOld(err))
 	}
-	s := &stage{fd: fd, blobs: h.blobs}
+	s := &stage{fd: fd}
 	for _, name := range []string{stageEmpty, stageOverlay} {
 		if err := unix.Mkdirat(fd, name, 0o755); err != nil {
 			return nil, at("make stage", err)
@@ -313,7 +312,7 @@ func (s *stage) mount(i int, m Mount) (fd int, dir bool, err error) {
 		if mode == 0 {
 			mode = 0o400
 		}
-		fd, err = s.file("data"+strconv.Itoa(i), s.blobs[blobData+i], mode, m.UID, m.GID, m.ReadOnly)
+		fd, err = s.file("data"+strconv.Itoa(i), m.Data, mode, m.UID, m.GID, m.ReadOnly)
 		return fd, false, err
 	case Tmpfs:
 		fd, err = m.tmpfs()

@@ -91,7 +91,7 @@ type Process struct {
 	ShmSize        int64    // bytes of /dev/shm, 0 is 64 MiB
 	Ulimits        []Ulimit
 	Insecure       bool      // all capabilities, no seccomp, nothing masked
-	Stdout, Stderr io.Writer `json:"-"` // nil throws the output away; written to by one goroutine each, or one for both when equal
+	Stdout, Stderr io.Writer // nil throws the output away; written to by one goroutine each, or one for both when equal
 }
 
 // ExitError says that the process ran and failed, or that its command could
@@ -152,7 +152,7 @@ func Run(ctx context.Context, p Process) error {
 	defer runtime.UnlockOSThread()
 	c, err := start(p)
 	if err != nil {
-		return &SetupError{Step: "start", Err: err}
+		return &SetupError{Step: "start", Err: refused(err)}
 	}
 	defer c.close()
 	stop := context.AfterFunc(ctx, func() { c.process.Kill() })

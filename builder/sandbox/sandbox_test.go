@@ -29,6 +29,9 @@ func TestMain(m *testing.M) {
 		}
 		os.Exit(0)
 	}
+	if how, ok := os.LookupEnv(enterEnv); ok {
+		entersMain(how)
+	}
 	g, err := Enter("")
 	if err != nil || g.Name == "none" {
 		fmt.Fprintln(os.Stderr, "sandbox tests: no ground:", g.Reason, err)
@@ -766,7 +769,6 @@ func TestRunKilled(t *testing.T) {
 	go func() { done <- Run(t.Context(), p) }()
 	<-started
 	for _, pid := range children(t, os.Getpid()) {
-		syscall.Kill(pid, syscall.SIGTERM) // PID 1 ignores what it does not catch
 		syscall.Kill(pid, syscall.SIGKILL)
 	}
 	var exit *ExitError

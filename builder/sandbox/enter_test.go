@@ -1,0 +1,232 @@
+package sandbox
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+)
+
+// With these in its environment, the test program enters a ground, says which,
+// and does something.
+const (
+	enterEnv = "SANDBOX_TEST_ENTER"
+	doEnv    = "SANDBOX_TEST_DO"
+	boxEnv   = "SANDBOX_TEST_BOX"
+)
+
+func entersMain(how string) {
+	g, err := Enter(how)
+	if err != nil {
+		fmt.Println(err)
+		os.Exit(3)
+	}
+	fmt.Println(g.Name, g.SingleID, os.Getuid(), os.Getpid())
+	switch os.Getenv(doEnv) {
+	case "exit":
+		os.Exit(7)
+	case "read":
+		b, err := io.ReadAll(os.NewFile(3, "inherited"))
+		fmt.Println(string(b), err)
+	case "sleep":
+		time.Sleep(time.Hour)
+	case "run":
+		dir := os.Getenv(boxEnv)
+		b := &box{dir: dir, root: Root{Lower: []string{dir + "/top", dir + "/base"}, Upper: dir + "/upper", Work: dir + "/work"}}
+		p := b.process("sleep")
+		p.Stdout = os.Stdout
+		fmt.Println(Run(context.Background(), p))
+	}
+	os.Exit(0)
+}
+
+// entering is the command that enters; as an ordinary user where root may
+// become one.
+func enterCommand(t *testing.T, how, do string, user bool) *exec.Cmd {
+	t.Helper()
+	dir := t.TempDir()
+	for d := dir; d != os.TempDir() && d != "/"; d = filepath.Dir(d) {
+		os.Chmod(d, 0o755)
+	}
+	b, err := os.ReadFile("/proc/self/exe")
+	if err != nil {
+		t.Fatal(err)
+	}
+	exe := filepath.Join(dir, "sandbox.test")
+	if err := os.WriteFile(exe, b, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.CommandContext(t.Context(), exe)
+	cmd.Dir = dir
+	cmd.Env = append(os.Environ(), enterEnv+"="+how, doEnv+"="+do)
+	if user {
+		if singleID() || os.Getuid() != 0 {
+			t.Skip("only root can become another user")
+		}
+		cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 1000, Gid: 1000}}
+	}
+	return cmd
+}
+
+// began starts a command and returns its first line.
+func began(t *testing.T, cmd *exec.Cmd) (string, *bufio.Reader) {
+	t.Helper()
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	cmd.Stderr = os.Stderr
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		cmd.Process.Kill()
+		cmd.Wait()
+	})
+	r := bufio.NewReader(out)
+	line, err := r.ReadString('\n')
+	if err != nil {
+		t.Fatal(err)
+	}
+	return line, r
+}
+
+func TestEnterForced(t *testing.T) {
+	for _, tt := range []struct {
+		how, want string
+		user      bool
+	}{
+		{"root", "root", false},
+		{"rootless", "rootless", false},
+		{"rootless", "rootless", true},
+		{"auto", "rootless", true},
+		{"root", "isolation root: not running as root", true},
+		{"chroot", "isolation chroot: not supported yet", false},
+		{"docker", `isolation "docker": not one of`, false},
+	} {
+		t.Run(fmt.Sprint(tt.how, tt.user), func(t *testing.T) {
+			out, err := enterCommand(t, tt.how, "", tt.user).CombinedOutput()
+			if !strings.HasPrefix(string(out), tt.want) {
+				t.Errorf("got %q, %v, want %q…", out, err, tt.want)
+			}
+			if tt.want == "rootless" && !strings.Contains(string(out), " 0 ") {
+				t.Errorf("not user 0 inside: %q", out)
+			}
+		})
+	}
+}
+
+func TestEnterPassesOn(t *testing.T) {
+	cmd := enterCommand(t, "rootless", "exit", false)
+	var exit *exec.ExitError
+	if out, err := cmd.CombinedOutput(); !errors.As(err, &exit) || exit.ExitCode() != 7 {
+		t.Errorf("exit status: %v, %s", err, out)
+	}
+
+	cmd = enterCommand(t, "rootless", "read", false)
+	r, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	w.WriteString("inherited")
+	w.Close()
+	cmd.ExtraFiles = []*os.File{r}
+	if out, err := cmd.CombinedOutput(); err != nil || !strings.Contains(string(out), "\ninherited <nil>\n") {
+		t.Errorf("inherited file: %q, %v", out, err)
+	}
+	r.Close()
+
+	cmd = enterCommand(t, "rootless", "sleep", false)
+	began(t, cmd)
+	cmd.Process.Signal(syscall.SIGTERM)
+	if err := cmd.Wait(); !errors.As(err, &exit) || exit.Sys().(syscall.WaitStatus).Signal() != syscall.SIGTERM {
+		t.Errorf("signal: %v", err)
+	}
+}
+
+// gone waits until processes have ended.
+func gone(t *testing.T, pids ...int) {
+	t.Helper()
+	for _, pid := range pids {
+		for i := 0; ; i++ {
+			stat, err := os.ReadFile(filepath.Join("/proc", itoa(pid), "stat"))
+			if err != nil || strings.Contains(string(stat), ") Z ") {
+				break
+			}
+			if i == 500 {
+				t.Fatalf("process %d lives on", pid)
+			}
+			time.Sleep(10 * time.Millisecond)
+		}
+	}
+}
+
+// Whatever dies by force takes everything below along.
+func TestKilledParents(t *testing.T) {
+	for _, how := range []string{"root", "rootless"} {
+		t.Run(how, func(t *testing.T) {
+			b := newBox(t)
+			cmd := enterCommand(t, how, "run", false)
+			cmd.Env = append(cmd.Env, boxEnv+"="+b.dir)
+			line, r := began(t, cmd)
+			var name, single string
+			var uid, pid int
+			fmt.Sscan(line, &name, &single, &uid, &pid)
+			if said, err := r.ReadString('\n'); said != "sleeping\n" {
+				t.Fatalf("%q, %v", said, err)
+			}
+			below := children(t, pid)
+			if len(below) != 1 {
+				t.Fatalf("children of %d: %v", pid, below)
+			}
+			if err := cmd.Process.Kill(); err != nil {
+				t.Fatal(err)
+			}
+			gone(t, append(below, pid)...)
+		})
+	}
+}
+
+// TestAsUser runs the tests again as an ordinary user.
+func TestAsUser(t *testing.T) {
+	if ranges, err := readMap("/proc/self/uid_map"); err != nil || len(ranges) != 1 || ranges[0].count < 1<<31 {
+		t.Skip("in a user namespace already")
+	}
+	cmd := enterCommand(t, "", "", true)
+	tmp := filepath.Join(cmd.Dir, "tmp")
+	if err := errors.Join(os.Mkdir(tmp, 0o755), os.Chown(tmp, 1000, 1000)); err != nil {
+		t.Fatal(err)
+	}
+	cmd.Args = append(cmd.Args, "-test.skip=TestAsUser", "-test.timeout=1m")
+	cmd.Env = append(os.Environ(), "TMPDIR="+tmp, "HOME="+tmp)
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Errorf("%v\n%s", err, out)
+	} else {
+		t.Logf("%s", out)
+	}
+}
+
+func TestGranted(t *testing.T) {
+	id := itoa(os.Getuid())
+	file := filepath.Join(t.TempDir(), "subuid")
+	text := "somebody:1:2\n" + id + ":100000:65536\n\nbad line\n" + id + ":x:1\n" + id + ":0:5\n" + id + ":300000:1000\n"
+	if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	got, err := granted(file)
+	want := []idRange{{1, 100000, 65536}, {65537, 300000, 1000}}
+	if err != nil || fmt.Sprint(got) != fmt.Sprint(want) {
+		t.Errorf("got %v, %v, want %v", got, err, want)
+	}
+	if _, err := granted(file + ".none"); err == nil {
+		t.Error("a missing file grants IDs")
+	}
+}
