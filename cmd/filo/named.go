@@ -19,10 +19,7 @@ func (j *job) readNamed(ctx context.Context, o source.Options) error {
 	j.req.Named = map[string]builder.Named{}
 	o.Stdin = nil // one source may read it, and that is the main context
 	for _, spec := range j.flags.what.contexts {
-		name, value, ok := strings.Cut(spec, "=")
-		if !ok || name == "" || value == "" {
-			return fmt.Errorf("--build-context %q: want NAME=VALUE, like assets=../assets or base=docker-image://alpine", spec)
-		}
+		name, value, _ := strings.Cut(spec, "=")
 		n, err := j.openNamed(ctx, value, o)
 		if err != nil {
 			return fmt.Errorf("--build-context %s: %w", name, err)

@@ -82,6 +82,11 @@ func (f *whatFlags) apply(req *builder.Request, env lookup) (err error) {
 		}
 		req.Labels[k] = v
 	}
+	for _, c := range f.contexts {
+		if name, value, _ := strings.Cut(c, "="); name == "" || value == "" {
+			return fmt.Errorf("--build-context %q: want NAME=VALUE, like assets=../assets or base=docker-image://alpine", c)
+		}
+	}
 	req.Platforms, err = parsePlatforms(f.platforms)
 	return err
 }

@@ -100,14 +100,29 @@ func socketAgent(path string) builder.Agent {
 // serve answers the requests that arrive on the connection it returns, until that is closed.
 func serve(a agent.ExtendedAgent, upstream net.Conn) net.Conn {
 	here, there := net.Pipe()
+	c := &served{Conn: here, done: make(chan struct{})}
 	go func() {
+		defer close(c.done)
 		agent.ServeAgent(signer{a}, there) // ends with an error when the other end is closed
 		there.Close()
 		if upstream != nil {
 			upstream.Close()
 		}
 	}()
-	return here
+	return c
+}
+
+// served is a connection that somebody in this process answers.
+type served struct {
+	net.Conn
+	done chan struct{} // closed when nobody answers any more
+}
+
+// Close closes the connection and waits for who answered it.
+func (c *served) Close() error {
+	err := c.Conn.Close()
+	<-c.done
+	return err
 }
 
 // signer is an agent that only lists and signs.
