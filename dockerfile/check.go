@@ -209,7 +209,7 @@ func (f *File) checkDefaultBases(stages []instructions.Stage, predefined *env, m
 		return // the same error comes again, where it counts
 	}
 	for _, s := range stages {
-		word, err := expand(f.lex(), s.BaseName, vars)
+		word, err := f.lex().expand(s.BaseName, vars)
 		if err != nil {
 			return
 		}

@@ -52,10 +52,13 @@ func (st *state) configure(cmd instructions.Command) (string, error) {
 		return fmt.Sprintf("SHELL %v", c.Shell), nil
 	case *instructions.OnbuildCommand:
 		st.config.OnBuild = append(slices.Clone(st.config.OnBuild), c.Expression)
+		st.held += len(st.config.OnBuild)
 		return "", nil
 	}
 	return "", fmt.Errorf("unknown instruction: %s", cmd.Name())
 }
+
+const mapWeight = 4 // what an entry of a map takes, compared with one of a list
 
 func (st *state) env(c *instructions.EnvCommand) string {
 	text := "ENV"
@@ -77,6 +80,7 @@ func (st *state) env(c *instructions.EnvCommand) string {
 		list = append(list, kv.String())
 	}
 	st.config.Env = list
+	st.held += len(list)
 	return text
 }
 
@@ -92,6 +96,7 @@ func (st *state) label(c *instructions.LabelCommand) string {
 		labels[kv.Key] = kv.Value
 	}
 	st.config.Labels = labels
+	st.held += mapWeight * len(labels)
 	return text
 }
 
@@ -128,6 +133,7 @@ func (st *state) arg(c *instructions.ArgCommand, step *Step) error {
 		}
 		st.declare(kv.Key, value)
 	}
+	st.held += len(st.config.Args)
 	step.History = text
 	return nil
 }
@@ -206,6 +212,7 @@ func (st *state) volume(c *instructions.VolumeCommand) (string, error) {
 		volumes[v] = struct{}{}
 	}
 	st.config.Volumes = volumes
+	st.held += mapWeight * len(volumes)
 	return fmt.Sprintf("VOLUME %v", c.Volumes), nil
 }
 
@@ -239,7 +246,7 @@ func (st *state) expose(c *instructions.ExposeCommand) (string, error) {
 	var ports []string
 	lex := st.file.lex()
 	for _, p := range c.Ports {
-		if _, err := expand(lex, p, st.vars); err != nil { // for its limits: ProcessWords has none
+		if _, err := lex.expand(p, st.vars); err != nil { // for its limits: ProcessWords has none
 			return "", err
 		}
 		words, err := lex.ProcessWords(p, st.vars)
@@ -264,6 +271,7 @@ func (st *state) expose(c *instructions.ExposeCommand) (string, error) {
 		exposed[p] = struct{}{}
 	}
 	st.config.ExposedPorts = exposed
+	st.held += mapWeight * len(exposed)
 	return fmt.Sprintf("EXPOSE %v", ports), nil
 }
 

@@ -8,8 +8,9 @@
 // Start at [Parse]. dockerfile.go holds the whole file and [File.Plan] (which stages, in which order), stage.go one
 // stage and [Stage.Steps], step.go the types that the builder works with. Of the instructions, run.go has RUN and
 // its mounts, copy.go COPY and ADD, config.go those that only change the config. env.go has variables and arguments,
-// names.go what a name in FROM or --from means, epoch.go SOURCE_DATE_EPOCH, check.go the build checks, outline.go
-// what a file asks of its caller, error.go errors with their place in the file, suggest.go what was probably meant.
+// expand.go their expansion in words, names.go what a name in FROM or --from means, epoch.go SOURCE_DATE_EPOCH,
+// check.go the build checks, outline.go what a file asks of its caller, error.go errors with their place in the file,
+// suggest.go what was probably meant.
 package dockerfile
 
 import (
@@ -22,7 +23,6 @@ import (
 	"github.com/moby/buildkit/frontend/dockerfile/instructions"
 	"github.com/moby/buildkit/frontend/dockerfile/linter"
 	"github.com/moby/buildkit/frontend/dockerfile/parser"
-	"github.com/moby/buildkit/frontend/dockerfile/shell"
 	"github.com/moby/buildkit/util/suggest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
@@ -304,5 +304,3 @@ func (f *File) cycle(s *Stage, path []need) error {
 	e.Hint = "a stage can only use stages above it that do not need it themselves"
 	return e
 }
-
-func (f *File) lex() *shell.Lex { return shell.NewLex(f.escape) }

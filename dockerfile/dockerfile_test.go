@@ -156,6 +156,10 @@ func TestBomb(t *testing.T) {
 	if err := pureError(text); err == nil || !strings.Contains(err.Error(), "more than") {
 		t.Errorf("doubling a variable 60 times: %v, want an error", err)
 	}
+	text = "FROM busybox\n" + strings.Repeat("EXPOSE 0-65535\n", 100)
+	if err := pureError(text); err == nil || !strings.Contains(err.Error(), "too many") {
+		t.Errorf("all ports a hundred times: %v, want an error", err)
+	}
 	text = "FROM busybox\nENV A=aaaaaaaaaaaaaaaa\n" + strings.Repeat("ENV A=$A$A\n", 13) + strings.Repeat("RUN x\n", 3000)
 	if err := pureError(text); err == nil || !strings.Contains(err.Error(), "more than") {
 		t.Errorf("a long variable in 3000 steps: %v, want an error", err)
@@ -244,4 +248,28 @@ func pureError(text string) error {
 	}
 	_, err = f.Check(plan, args.TargetPlatform, busybox)
 	return err
+}
+
+func TestWorst(t *testing.T) {
+	vars := newEnv()
+	vars.set("A", strings.Repeat("a", 1000))
+	vars.set("B", "b")
+	for _, c := range []struct {
+		word string
+		ok   bool
+	}{
+		{strings.Repeat("${A//a/bb} ", 100), true},
+		{strings.Repeat("x", 1<<20) + "${A//a/b}${A//a/b}${A//a/b}", true},
+		{"${A//a/'it'}" + strings.Repeat("x", 1<<20), true},
+		{"${A//a/${A//a/$A}}", false},
+		{"${A//a/" + strings.Repeat("x", 1<<15) + "}", false},
+		{"${A//a/\\}$A${A//a/${A//a/$A}}}", false},
+		{"${A//a/'}'${A//a/$A$A$A$A$A$A$A$A$A$A$A$A$A$A$A$A$A$A}}", false},
+		{"${A//a/${B:-'}'}${A//a/$A$A$A$A$A$A$A$A$A$A$A$A$A$A$A$A$A$A}}", false},
+	} {
+		_, err := newLexer('\\').expand(c.word, vars)
+		if (err == nil) != c.ok {
+			t.Errorf("expand(%.40q): %v, want ok %v", c.word, err, c.ok)
+		}
+	}
 }

@@ -1,14 +1,11 @@
 package dockerfile
 
 import (
-	"fmt"
-	"regexp"
 	"slices"
 	"strings"
 
 	"github.com/containerd/platforms"
 	"github.com/moby/buildkit/frontend/dockerfile/instructions"
-	"github.com/moby/buildkit/frontend/dockerfile/shell"
 )
 
 const (
@@ -61,46 +58,6 @@ func (e *env) list() []string {
 	return out
 }
 
-// A Dockerfile of a few lines could otherwise ask for more memory than there is: ENV A=$A$A, forty times.
-const (
-	maxWord    = 1 << 18 // bytes that variables may add to one word
-	maxStage   = 1 << 26 // bytes of text that a stage may come to
-	maxReplace = 1 << 28 // bytes that replacing in a word might make at worst
-)
-
-// counted is an env that counts what it hands out and stops at maxWord.
-type counted struct {
-	shell.EnvGetter
-	n int
-}
-
-func (c *counted) Get(k string) (string, bool) {
-	v, ok := c.EnvGetter.Get(k)
-	if c.n += len(v); c.n > maxWord {
-		return "", ok
-	}
-	return v, ok
-}
-
-var replaceAll = regexp.MustCompile(`\$\{(\w+)//`)
-
-// expand expands a word; a result of an absurd size is an error.
-func expand(lex *shell.Lex, word string, vars shell.EnvGetter) (shell.ProcessWordResult, error) {
-	worst := len(word)
-	for _, m := range replaceAll.FindAllStringSubmatch(word, -1) {
-		v, _ := vars.Get(m[1])
-		if worst *= len(v) + 1; worst > maxReplace {
-			return shell.ProcessWordResult{}, fmt.Errorf("expand ${%s//…}: the result could be too large", m[1])
-		}
-	}
-	c := &counted{EnvGetter: vars}
-	res, err := lex.ProcessWordWithMatches(word, c)
-	if err == nil && c.n > maxWord {
-		err = fmt.Errorf("expand %.20q: the variables in it hold more than %d bytes", word, maxWord)
-	}
-	return res, err
-}
-
 // predefinedArgs returns the arguments that every file has in its global scope.
 func predefinedArgs(args Args, target string) *env {
 	if target == "" {
@@ -145,7 +102,7 @@ func (f *File) globalArgs(predefined *env, cmds []instructions.ArgCommand, given
 				out = append(out, argument(kv, c.Location(), nil))
 				continue
 			default:
-				res, err := expand(lex, *kv.Value, e)
+				res, err := lex.expand(*kv.Value, e)
 				if err != nil {
 					return nil, nil, f.at(err, c.Location())
 				}

@@ -46,7 +46,7 @@ type need struct {
 // resolveBase works out what the stage starts from.
 func (s *Stage) resolveBase(st instructions.Stage, lint *linter.Linter) error {
 	f := s.file
-	word, err := expand(f.lex(), st.BaseName, f.global)
+	word, err := f.lex().expand(st.BaseName, f.global)
 	f.checkFromArgs(st.BaseName, word, st.Location, lint)
 	if err != nil {
 		return err
@@ -79,7 +79,7 @@ func (s *Stage) resolveBase(st instructions.Stage, lint *linter.Linter) error {
 
 func (s *Stage) resolvePlatform(st instructions.Stage, lint *linter.Linter) error {
 	f := s.file
-	word, err := expand(f.lex(), st.Platform, f.global)
+	word, err := f.lex().expand(st.Platform, f.global)
 	f.checkFromArgs(st.Platform, word, st.Location, lint)
 	checkPlatformFlag(st, word, f.global, lint)
 	if err != nil {
@@ -375,7 +375,8 @@ type state struct {
 	file     *File
 	config   Config
 	vars     *env // environment and arguments together, as words and commands see them
-	size     int  // bytes that expansion made so far
+	size     int  // bytes of text made so far
+	held     int  // entries of lists in the configs made so far
 	lint     *linter.Linter
 	warnings []Warning
 	set      map[string][]parser.Range // where this stage set CMD, ENTRYPOINT, HEALTHCHECK
@@ -411,6 +412,9 @@ func (st *state) step(n *parser.Node, trigger bool) (Step, error) {
 	}
 	if err := st.grow(len(step.Text) + len(step.History)); err != nil {
 		return Step{}, st.file.at(err, n.Location())
+	}
+	if st.held > maxHeld {
+		return Step{}, st.file.at(errors.New("the variables, labels or ports of this stage are too many"), n.Location())
 	}
 	if trigger {
 		step.Text = "ONBUILD " + step.Text
@@ -489,15 +493,15 @@ func (st *state) expandWords(cmd instructions.Command) error {
 		}
 	}
 	if ex, ok := cmd.(instructions.SupportsSingleWordExpansionRaw); ok {
-		lex := shell.NewLex('\\') // the escape directive does not reach into here-documents
+		lex := newLexer('\\') // the escape directive does not reach into here-documents
 		lex.SkipProcessQuotes = true
 		return ex.ExpandRaw(func(w string) (string, error) { return st.expand(lex, w, cmd.Location()) })
 	}
 	return nil
 }
 
-func (st *state) expand(lex *shell.Lex, word string, where []parser.Range) (string, error) {
-	res, err := expand(lex, word, st.vars)
+func (st *state) expand(lex lexer, word string, where []parser.Range) (string, error) {
+	res, err := lex.expand(word, st.vars)
 	st.checkUnmatched(word, res.Unmatched, where)
 	if err != nil {
 		return "", err
@@ -513,8 +517,8 @@ func (st *state) grow(n int) error {
 }
 
 // title returns the text of an instruction with its variables filled in, as far as that works.
-func (st *state) title(lex *shell.Lex, text string, vars shell.EnvGetter) string {
-	res, err := expand(lex, text, vars)
+func (st *state) title(lex lexer, text string, vars shell.EnvGetter) string {
+	res, err := lex.expand(text, vars)
 	if err != nil || len(res.Result) > maxWord {
 		return upperFirst(text)
 	}

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
@@ -280,4 +281,23 @@ func names(stages []*Stage) []string {
 		out = append(out, s.label())
 	}
 	return out
+}
+
+func TestStepsSideBySide(t *testing.T) {
+	f := parse(t, "FROM busybox\nARG A=1\nENV B=$A C=$NO\nRUN <<E\n#!x\nE\nCOPY <<E /x\n$A\nE\nEXPOSE $A\nLABEL a=$B\nHEALTHCHECK CMD x\n")
+	want, err := f.Stages[0].Steps(Config{}, f.args.TargetPlatform)
+	if err != nil {
+		t.Fatal(err)
+	}
+	got := make([][]Step, 8)
+	var wg sync.WaitGroup
+	for i := range got {
+		wg.Go(func() { got[i], _ = f.Stages[0].Steps(Config{}, f.args.TargetPlatform) })
+	}
+	wg.Wait()
+	for _, g := range got {
+		if diff := cmp.Diff(string(mustJSON(t, want)), string(mustJSON(t, g))); diff != "" {
+			t.Errorf("steps computed side by side differ:\n%s", diff)
+		}
+	}
 }
