@@ -351,6 +351,10 @@ func parseNode(n *parser.Node, lint *linter.Linter) (instructions.Command, error
 
 // validate runs the instructions that hold no variables on an empty base, to find what is wrong in any case.
 func (s *Stage) validate() error {
+	// Deep enough that no sane relative path leaves it: the true directory is not known yet.
+	var empty Config
+	empty.WorkingDir = "/1/2/3/4/5/6/7/8"
+	st := s.newState(empty)
 	for _, n := range s.nodes {
 		text := n.Original
 		if strings.EqualFold(n.Value, "run") {
@@ -359,10 +363,8 @@ func (s *Stage) validate() error {
 		if strings.Contains(text, "$") {
 			continue
 		}
-		// Deep enough that no sane relative path leaves it: the true directory is not known yet.
-		var c Config
-		c.WorkingDir = "/1/2/3/4/5/6/7/8"
-		if _, err := s.newState(c).step(n, false); err != nil {
+		st.config = empty
+		if _, err := st.step(n, false); err != nil {
 			return err
 		}
 	}
