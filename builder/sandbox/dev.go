@@ -124,7 +124,11 @@ func procfs() (int, error) {
 	if !errors.Is(err, unix.EPERM) {
 		return fd, err
 	}
-	return clone(unix.AT_FDCWD, "/proc", unix.AT_RECURSIVE)
+	fd, err = clone(unix.AT_FDCWD, "/proc", unix.AT_RECURSIVE)
+	if err != nil {
+		return -1, err
+	}
+	return fd, restrict(fd, quiet)
 }
 
 // sysfs belongs to a network namespace: in a user namespace with the host's

@@ -170,7 +170,7 @@ func descend() error {
 			why = append(why, m.err)
 			continue
 		}
-		c, err := m.enter(errors.Join(why...))
+		c, err := m.enter(joined(why))
 		if err == nil {
 			c.accompany()
 		}
@@ -180,7 +180,18 @@ func descend() error {
 			return fatal
 		}
 	}
-	return errors.Join(why...)
+	return joined(why)
+}
+
+// joined makes one line of several reasons.
+func joined(why []error) error {
+	switch len(why) {
+	case 0:
+		return nil
+	case 1:
+		return why[0]
+	}
+	return fmt.Errorf("%w; %w", why[0], joined(why[1:]))
 }
 
 // entering is the program started again, as its first process sees it.
@@ -225,7 +236,7 @@ func (m idMap) enter(better error) (*entering, error) {
 	}
 	g := Ground{Name: "rootless", SingleID: m.single(), Reason: m.how}
 	if better != nil {
-		g.Reason += " (" + strings.ReplaceAll(better.Error(), "\n", "; ") + ")"
+		g.Reason += " (" + better.Error() + ")"
 	}
 	msg := bytes.NewBuffer([]byte{starting})
 	if err := gob.NewEncoder(msg).Encode(g); err != nil {

@@ -21,6 +21,8 @@ const (
 	enterEnv = "SANDBOX_TEST_ENTER"
 	doEnv    = "SANDBOX_TEST_DO"
 	boxEnv   = "SANDBOX_TEST_BOX"
+	// programEnv is where the static program is, for a run as another user.
+	programEnv = "SANDBOX_TEST_PROGRAM"
 )
 
 func entersMain(how string) {
@@ -31,6 +33,8 @@ func entersMain(how string) {
 	}
 	fmt.Println(g.Name, g.SingleID, os.Getuid(), os.Getpid())
 	switch os.Getenv(doEnv) {
+	case "why":
+		fmt.Println(g.Reason)
 	case "exit":
 		os.Exit(7)
 	case "read":
@@ -56,7 +60,7 @@ func enterCommand(t *testing.T, how, do string, user bool) *exec.Cmd {
 	for d := dir; d != os.TempDir() && d != "/"; d = filepath.Dir(d) {
 		os.Chmod(d, 0o755)
 	}
-	b, err := os.ReadFile("/proc/self/exe")
+	b, err := os.ReadFile(program(t))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -206,7 +210,7 @@ func TestAsUser(t *testing.T) {
 		t.Fatal(err)
 	}
 	cmd.Args = append(cmd.Args, "-test.skip=TestAsUser", "-test.timeout=1m")
-	cmd.Env = append(os.Environ(), "TMPDIR="+tmp, "HOME="+tmp)
+	cmd.Env = append(os.Environ(), "TMPDIR="+tmp, "HOME="+tmp, programEnv+"="+cmd.Path)
 	if out, err := cmd.CombinedOutput(); err != nil {
 		t.Errorf("%v\n%s", err, out)
 	} else {

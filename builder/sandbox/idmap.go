@@ -30,14 +30,19 @@ func (m idMap) single() bool { return len(m.uid) == 1 && m.uid[0].count == 1 }
 
 // idMaps lists the ways, the best first.
 func idMaps() []idMap {
+	if os.Geteuid() != 0 {
+		return []idMap{helperMap(), oneID()}
+	}
 	return []idMap{ownMap(), helperMap(), oneID()}
 }
 
 // ownMap keeps all IDs as they are: what a container's root may do without
 // any helper.
 func ownMap() idMap {
-	if os.Geteuid() != 0 || !has(capability.CAP_SETUID) || !has(capability.CAP_SETGID) {
-		return idMap{err: errors.New("not root with SETUID and SETGID")}
+	for _, c := range []capability.Cap{capability.CAP_SETUID, capability.CAP_SETGID, capability.CAP_SETFCAP} {
+		if !has(c) {
+			return idMap{err: fmt.Errorf("capability %s is missing, so root cannot map IDs (docker run --cap-add %[1]s)", strings.ToUpper(c.String()))}
+		}
 	}
 	m := idMap{how: "own capabilities map all IDs"}
 	if m.uid, m.err = sameIDs("/proc/self/uid_map"); m.err != nil {

@@ -38,7 +38,11 @@ func TestMain(m *testing.M) {
 		os.Exit(1)
 	}
 	fmt.Fprintf(os.Stderr, "sandbox tests: ground %s: %s\n", g.Name, g.Reason)
-	os.Exit(m.Run())
+	code := m.Run()
+	if static != "" {
+		os.RemoveAll(static)
+	}
+	os.Exit(code)
 }
 
 // insideMain is what runs in the sandbox.
@@ -169,36 +173,39 @@ func report0(errno syscall.Errno) error {
 	return errno
 }
 
+// static is a directory with this test program linked statically, if it is not.
+var static string
+
 // program returns this test program, static.
-var program = func() func(testing.TB) string {
-	var path string
-	return func(t testing.TB) string {
-		t.Helper()
-		if path != "" {
-			return path
-		}
-		f, err := elf.Open("/proc/self/exe")
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer f.Close()
-		if !slices.ContainsFunc(f.Progs, func(p *elf.Prog) bool { return p.Type == elf.PT_INTERP }) {
-			path, err = os.Executable()
-		} else {
-			path = filepath.Join(os.TempDir(), "filo-sandbox-inside")
-			cmd := exec.Command("go", "test", "-c", "-o", path, ".")
-			cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
-			var out []byte
-			if out, err = cmd.CombinedOutput(); err != nil {
-				err = fmt.Errorf("%w: %s", err, out)
-			}
-		}
+func program(t testing.TB) string {
+	t.Helper()
+	if path := os.Getenv(programEnv); path != "" {
+		return path
+	}
+	f, err := elf.Open("/proc/self/exe")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	if !slices.ContainsFunc(f.Progs, func(p *elf.Prog) bool { return p.Type == elf.PT_INTERP }) {
+		path, err := os.Executable()
 		if err != nil {
 			t.Fatal(err)
 		}
 		return path
 	}
-}()
+	if static == "" {
+		if static, err = os.MkdirTemp("", "sandbox-static-"); err != nil {
+			t.Fatal(err)
+		}
+		cmd := exec.Command("go", "test", "-c", "-o", static+"/"+insideName, ".")
+		cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+		if out, err := cmd.CombinedOutput(); err != nil {
+			t.Fatalf("%v: %s", err, out)
+		}
+	}
+	return static + "/" + insideName
+}
 
 // box is a root to run in, and where its parts are.
 type box struct {
