@@ -156,11 +156,11 @@ func fetchRepo(ctx context.Context, w wanted, o Options) (_ *fetchedRepo, err er
 	if err != nil {
 		return nil, err
 	}
-	commit, err := r.checkout(ctx, at)
+	c, err := r.checkout(ctx, at)
 	if err != nil {
 		return nil, err
 	}
-	return r.open(ctx, temp, at, commit)
+	return r.open(ctx, temp, at, c)
 }
 
 // point is where a repository is to be checked out.
@@ -261,38 +261,35 @@ func (r *repo) defaultBranch(refs map[string]string, head string) string {
 	return best
 }
 
-// checkout fetches at and puts its files in r.tree. It returns the commit.
-func (r *repo) checkout(ctx context.Context, at point) (string, error) {
+// commit is a commit that was fetched.
+type commit struct {
+	id  string
+	sec int64 // when it was made
+}
+
+// checkout fetches at and puts its files in r.tree.
+func (r *repo) checkout(ctx context.Context, at point) (c commit, err error) {
 	format := "sha1"
 	if len(at.id) == 64 {
 		format = "sha256"
 	}
 	if _, err := r.run(ctx, "init", "--quiet", "--template=", "--initial-branch=master", "--object-format="+format); err != nil {
-		return "", err
+		return c, err
 	}
-	// Submodules with relative URLs are found from here.
-	if _, err := r.run(ctx, "config", "remote.origin.url", r.remote); err != nil {
-		return "", err
+	if c, err = r.fetch(ctx, at); err != nil {
+		return c, err
 	}
-	if err := r.fetch(ctx, at); err != nil {
-		return "", err
+	if !strings.HasPrefix(at.id, r.checksum) && !strings.HasPrefix(c.id, r.checksum) {
+		return c, fmt.Errorf("checksum mismatch: want %s, got %s", r.checksum, c.id)
 	}
-	commit, err := r.run(ctx, "rev-parse", "--verify", "--end-of-options", at.id+"^{commit}")
-	if err != nil {
-		return "", err
+	if _, err := r.run(ctx, "checkout", "--quiet", "--force", "--detach", c.id); err != nil {
+		return c, err
 	}
-	commit = strings.TrimSpace(commit)
-	if !strings.HasPrefix(at.id, r.checksum) && !strings.HasPrefix(commit, r.checksum) {
-		return "", fmt.Errorf("checksum mismatch: want %s, got %s", r.checksum, commit)
-	}
-	if _, err := r.run(ctx, "checkout", "--quiet", "--force", "--detach", commit); err != nil {
-		return "", err
-	}
-	return commit, r.updateSubmodules(ctx)
+	return c, r.updateSubmodules(ctx)
 }
 
 // fetch brings at.id into the repository, and nothing but it where the server can do that.
-func (r *repo) fetch(ctx context.Context, at point) error {
+func (r *repo) fetch(ctx context.Context, at point) (commit, error) {
 	source := at.id
 	if at.ref != "" && !r.byCommit {
 		source = at.ref
@@ -305,29 +302,34 @@ func (r *repo) fetch(ctx context.Context, at point) error {
 	if err != nil && ctx.Err() == nil && isShallowError(err) {
 		_, err = r.run(ctx, "fetch", "--quiet", "--no-tags", "--", r.remote, spec)
 	}
-	if err == nil && r.has(ctx, at.id) {
-		return nil
+	if err == nil {
+		if c, err := r.commit(ctx, at.id); err == nil || ctx.Err() != nil {
+			return c, err
+		}
 	}
-	if ctx.Err() != nil {
-		return err
-	}
-	if err != nil && source != at.id {
-		return err
+	if ctx.Err() != nil || err != nil && source != at.id {
+		return commit{}, err
 	}
 	// The ref has moved meanwhile, or the server gives no commit by its id: take all and look for it.
-	_, all := r.run(ctx, "fetch", "--quiet", "--no-tags", "--", r.remote, "+refs/heads/*:refs/remotes/origin/*", "+refs/tags/*:refs/tags/*")
-	if all != nil {
-		return errors.Join(err, all)
+	_, allErr := r.run(ctx, "fetch", "--quiet", "--no-tags", "--", r.remote, "+refs/heads/*:refs/remotes/origin/*", "+refs/tags/*:refs/tags/*")
+	if allErr != nil {
+		return commit{}, errors.Join(err, allErr)
 	}
-	if !r.has(ctx, at.id) {
-		return fmt.Errorf("the repository does not contain commit %s", at.id)
+	c, noErr := r.commit(ctx, at.id)
+	if noErr != nil {
+		return c, fmt.Errorf("the repository does not contain commit %s", at.id)
 	}
-	return nil
+	return c, nil
 }
 
-func (r *repo) has(ctx context.Context, id string) bool {
-	_, err := r.run(ctx, "cat-file", "-e", id+"^{commit}")
-	return err == nil
+// commit returns the commit id, or the one that the tag id stands for.
+func (r *repo) commit(ctx context.Context, id string) (c commit, err error) {
+	out, err := r.run(ctx, "show", "--no-patch", "--no-show-signature", "--format=%H %ct", id+"^{commit}")
+	if err != nil {
+		return c, err
+	}
+	_, err = fmt.Sscanf(out, "%s %d", &c.id, &c.sec)
+	return c, err
 }
 
 // isShallowError reports whether git said that the server knows no --depth.
@@ -339,6 +341,10 @@ func (r *repo) updateSubmodules(ctx context.Context) error {
 	if _, err := os.Lstat(filepath.Join(r.tree, ".gitmodules")); !r.submodules || err != nil {
 		return nil
 	}
+	// Relative URLs of submodules start here.
+	if _, err := r.run(ctx, "config", "remote.origin.url", r.remote); err != nil {
+		return err
+	}
 	args := []string{"submodule", "--quiet", "update", "--init", "--recursive"}
 	_, err := r.run(ctx, append(args, "--depth=1")...)
 	if err != nil && ctx.Err() == nil && isShallowError(err) {
@@ -348,15 +354,7 @@ func (r *repo) updateSubmodules(ctx context.Context) error {
 }
 
 // open makes a file system of the checkout.
-func (r *repo) open(ctx context.Context, temp string, at point, commit string) (*fetchedRepo, error) {
-	out, err := r.run(ctx, "show", "--no-patch", "--no-show-signature", "--format=%ct", commit)
-	if err != nil {
-		return nil, err
-	}
-	sec, err := strconv.ParseInt(strings.TrimSpace(out), 10, 64)
-	if err != nil {
-		return nil, fmt.Errorf("time of commit %s: %w", commit, err)
-	}
+func (r *repo) open(ctx context.Context, temp string, at point, c commit) (*fetchedRepo, error) {
 	if err := r.tidy(ctx); err != nil {
 		return nil, err
 	}
@@ -367,7 +365,7 @@ func (r *repo) open(ctx context.Context, temp string, at point, commit string) (
 	if r.commitTime {
 		as = func(st rootfs.Stat) rootfs.Stat {
 			st = gitFile(st)
-			st.Sec, st.Nsec = sec, 0
+			st.Sec, st.Nsec = c.sec, 0
 			return st
 		}
 	}
@@ -375,7 +373,7 @@ func (r *repo) open(ctx context.Context, temp string, at point, commit string) (
 	if err != nil {
 		return nil, err
 	}
-	return &fetchedRepo{fs: d, identity: r.identity(at, commit), time: sec, close: removing(temp, d.Close)}, nil
+	return &fetchedRepo{fs: d, identity: r.identity(at, c.id), time: c.sec, close: removing(temp, d.Close)}, nil
 }
 
 // gitFile reports a file as git means it: root's, and with the modes that the umask 022 gives.
@@ -551,12 +549,12 @@ var passed = map[string]bool{
 	"SSL_CERT_FILE": true, "SSL_CERT_DIR": true, "GIT_SSL_CAINFO": true, "GIT_SSL_CAPATH": true, "GIT_EXEC_PATH": true,
 }
 
-// sshCommand makes ssh use the agent alone and ask nothing. The first file takes the keys of hosts not seen before,
-// a host whose key differs from what the user knows is refused.
+// sshCommand makes ssh use the agent alone and ask nothing. The first file takes the keys of hosts not seen before;
+// a host whose key is not the one that the user knows is refused.
 func sshCommand(knownHosts string) string {
-	quoted := "'" + strings.ReplaceAll(knownHosts, "'", `'\''`) + "'"
+	files := `"` + strings.ReplaceAll(knownHosts, "%", "%%") + `" ~/.ssh/known_hosts`
 	return "ssh -F " + os.DevNull + " -o BatchMode=yes -o IdentityFile=" + os.DevNull +
-		" -o StrictHostKeyChecking=accept-new -o UserKnownHostsFile=" + quoted + "' ~/.ssh/known_hosts'"
+		" -o StrictHostKeyChecking=accept-new -o 'UserKnownHostsFile=" + strings.ReplaceAll(files, "'", `'\''`) + "'"
 }
 
 // authorization returns the http header that secrets hold for the repository, "" for none. The host's own secret wins.

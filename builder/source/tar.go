@@ -116,7 +116,7 @@ func readTar(ctx context.Context, r *bufio.Reader, temp string) (_ *tree, err er
 			err = errors.Join(err, spool.Close())
 		}
 	}()
-	u := untar{tree: newTree(spool), buf: make([]byte, 1<<20)}
+	u := untar{tree: newTree(spool), buf: make([]byte, 128<<10)}
 	tr := tar.NewReader(plain)
 	for {
 		h, err := tr.Next()
