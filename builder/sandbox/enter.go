@@ -164,6 +164,9 @@ func singleID() bool {
 // descend starts this program again in a user namespace and ends with it. It
 // returns only to say why that cannot be.
 func descend() error {
+	// As in Run: the child dies with this thread.
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
 	var why []error
 	for _, m := range idMaps() {
 		if m.err != nil {
@@ -199,8 +202,6 @@ type entering struct{ process *os.Process }
 
 // enter starts the program in a user namespace with this map.
 func (m idMap) enter(better error) (*entering, error) {
-	// As in Run: the child dies with this thread.
-	runtime.LockOSThread()
 	r, w, err := os.Pipe()
 	if err != nil {
 		return nil, err

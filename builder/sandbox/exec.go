@@ -4,7 +4,6 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"path"
 	"strings"
 	"syscall"
 
@@ -48,17 +47,15 @@ func lookPath(name string, env []string) (string, error) {
 		return "", &notExecutable{fmt.Sprintf("exec: %q: %v", name, err), 126}
 	}
 	missing := &notExecutable{fmt.Sprintf("exec: %q: executable file not found in $PATH", name), 127}
-	if name == "" {
+	path := lookup(env, "PATH")
+	if name == "" || path == "" {
 		return "", missing
 	}
-	for _, dir := range strings.Split(lookup(env, "PATH"), ":") {
+	for _, dir := range strings.Split(path, ":") {
 		if dir == "" {
 			dir = "."
 		}
-		file := path.Join(dir, name)
-		if !strings.Contains(file, "/") {
-			file = "./" + file
-		}
+		file := dir + "/" + name
 		if executable(file) == nil {
 			return file, nil
 		}

@@ -71,6 +71,9 @@ func check(p Process) error {
 	if err := p.Root.check(); err != nil {
 		return fail("root: %w", err)
 	}
+	if strings.ContainsFunc(p.Hostname, func(r rune) bool { return r <= ' ' || r == 0x7f }) {
+		return fail("hostname %q: not a name", p.Hostname)
+	}
 	switch p.Network {
 	case "", NetworkDefault, NetworkHost, NetworkNone:
 	default:

@@ -65,13 +65,15 @@ func become() error {
 	if err != nil {
 		return at("open working directory "+h.Process.Dir, err)
 	}
-	unix.Umask(0o022)
-	heedSignals()
-	if err := dropPowers(h.Process, h.Filter); err != nil {
-		return err
-	}
+	// With root's rights, as in other builders: the user may not be allowed to.
 	if err := unix.Fchdir(dir); err != nil {
 		return at("change to working directory "+h.Process.Dir, err)
+	}
+	unix.Umask(0o022)
+	heedSignals()
+	giveOutput(h.Process.UID)
+	if err := dropPowers(h.Process, h.Filter); err != nil {
+		return err
 	}
 	return execute(h.Process)
 }
@@ -171,6 +173,17 @@ func overmounted(root int) (bool, error) {
 // process executes.
 func heedSignals() {
 	signal.Notify(make(chan os.Signal, 1), unix.SIGHUP, unix.SIGINT, unix.SIGQUIT)
+}
+
+// giveOutput lets the user open /dev/stdout and /dev/stderr, which are pipes of
+// root's. Without it only these two fail, so an error is no reason to stop.
+func giveOutput(uid int) {
+	for fd := 1; fd <= 2; fd++ {
+		var st unix.Stat_t
+		if unix.Fstat(fd, &st) == nil && st.Mode&unix.S_IFMT == unix.S_IFIFO {
+			unix.Fchown(fd, uid, -1)
+		}
+	}
 }
 
 func loopbackUp() error {

@@ -29,6 +29,9 @@ func TestMain(m *testing.M) {
 		}
 		os.Exit(0)
 	}
+	if os.Args[0] == classicName {
+		classicMain()
+	}
 	if how, ok := os.LookupEnv(enterEnv); ok {
 		entersMain(how)
 	}
@@ -562,6 +565,20 @@ func TestRunUsers(t *testing.T) {
 	if _, err := b.run(p); err == nil {
 		t.Error("an ordinary user wrote to /etc")
 	}
+	for _, name := range []string{"/dev/stdout", "/dev/stderr", "/dev/null", "/tmp/x", "/dev/shm/x"} {
+		p.Args = []string{"inside", "write", name, "y"}
+		if out, err := b.run(p); err != nil {
+			t.Errorf("write %s: %v: %s", name, err, out)
+		}
+	}
+	b.mkdir("top/private")
+	os.Chmod(b.dir+"/top/private", 0o700)
+	p.Dir = "/private"
+	p.Args = []string{"inside", "id"}
+	if out, err := b.run(p); err != nil {
+		t.Errorf("working directory of root's: %v: %s", err, out)
+	}
+	p.Dir = ""
 	p.UID = 1 << 30
 	if _, err := b.run(p); singleIDOrRange() && err == nil {
 		t.Error("a user that is not mapped ran")
@@ -722,6 +739,7 @@ func TestRunCannotStart(t *testing.T) {
 		{"missing source", func(p *Process) { p.Mounts = []Mount{{Type: Bind, Source: b.dir + "/nope", Target: "/tmp"}} }, fs.ErrNotExist},
 		{"network", func(p *Process) { p.Network = "mynet" }, nil},
 		{"directory is a file", func(p *Process) { p.Dir = "/bin/inside/x" }, syscall.ENOTDIR},
+		{"hostname", func(p *Process) { p.Hostname = "a\nb" }, nil},
 		{"bad host", func(p *Process) { p.ExtraHosts = []string{"x"} }, nil},
 	}
 	for _, tt := range tests {

@@ -2,13 +2,17 @@ package sandbox
 
 import (
 	"errors"
+	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"reflect"
 	"strconv"
 	"strings"
 	"syscall"
 	"testing"
+
+	"golang.org/x/sys/unix"
 )
 
 func TestMountPoints(t *testing.T) {
@@ -244,7 +248,7 @@ func TestMountSocket(t *testing.T) {
 	}
 }
 
-func TestOverlayClassic(t *testing.T) {
+func TestOverlayMany(t *testing.T) {
 	b := newBox(t)
 	p := b.process("exit", "0")
 	p.Root.Upper, p.Root.Work = "", ""
@@ -255,6 +259,75 @@ func TestOverlayClassic(t *testing.T) {
 	}
 	if _, err := b.run(p); err != nil {
 		t.Errorf("302 layers: %v", err)
+	}
+	odd := `od,d:\ "x"` + "\n\xff"
+	b.mkdir(odd)
+	b.write(odd+"/found", "F")
+	p = b.process("cat", "/found")
+	p.Root.Lower = append([]string{filepath.Join(b.dir, odd)}, p.Root.Lower...)
+	p.Env = append(p.Env, "LATIN=\xff")
+	if got := b.must(p); got != "F" {
+		t.Errorf("odd name of a layer: got %q", got)
+	}
+}
+
+// classicName is the argv[0] of a child that mounts as on older kernels.
+const classicName = "classic"
+
+func classicMain() {
+	err := func() error {
+		private := unix.MountAttr{Propagation: unix.MS_PRIVATE}
+		if err := unix.MountSetattr(unix.AT_FDCWD, "/", unix.AT_RECURSIVE, &private); err != nil {
+			return err
+		}
+		anchor, err := unix.Open("/", unix.O_PATH, 0)
+		if err != nil {
+			return err
+		}
+		s, err := newStage(anchor)
+		if err != nil {
+			return err
+		}
+		s.old = true
+		dir := os.Getenv(boxEnv)
+		r := Root{Upper: dir + "/upper", Work: dir + "/work"}
+		for i := range 300 {
+			r.Lower = append(r.Lower, filepath.Join(dir, "many", itoa(i)))
+		}
+		fd, err := s.root(r)
+		if err != nil {
+			return err
+		}
+		if err := attach(fd, anchor); err != nil {
+			return err
+		}
+		if err := create(fd, "made", false); err != nil {
+			return err
+		}
+		return unix.Faccessat(fd, "deep", unix.F_OK, 0)
+	}()
+	if err != nil {
+		fmt.Println(err)
+		os.Exit(1)
+	}
+	os.Exit(0)
+}
+
+func TestOverlayClassic(t *testing.T) {
+	b := newBox(t)
+	for i := range 300 {
+		b.mkdir("many/" + itoa(i))
+	}
+	b.write("many/299/deep", "")
+	cmd := exec.Command(self)
+	cmd.Args = []string{classicName}
+	cmd.Env = []string{boxEnv + "=" + b.dir}
+	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: namespaces(NetworkDefault)}
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	if got := b.upper(); len(got) != 1 || got[0] != "made" {
+		t.Errorf("upper: %q", got)
 	}
 }
 
