@@ -75,6 +75,9 @@ func rootWorks() error {
 	if !has(capability.CAP_SYS_ADMIN) {
 		return errors.New("capability SYS_ADMIN is missing (docker run --cap-add SYS_ADMIN --security-opt apparmor=unconfined)")
 	}
+	if chrooted() {
+		return errors.New(inChroot)
+	}
 	if err := mountsWork(); err != nil {
 		return fmt.Errorf("mounts are refused: %w (docker run --security-opt seccomp=unconfined --security-opt apparmor=unconfined)", err)
 	}
@@ -85,6 +88,16 @@ func rootWorks() error {
 		return fmt.Errorf("mounts are refused: %w (docker run --security-opt seccomp=unconfined --security-opt apparmor=unconfined)", err)
 	}
 	return nil
+}
+
+const inChroot = "filo runs in a chroot: its root has to be a mount of its own (mount --bind DIR DIR, before chroot DIR)"
+
+// chrooted reports whether the root is not that of a mount. Then nothing can be
+// made private, nor can the root be changed.
+func chrooted() bool {
+	var st unix.Statx_t
+	err := unix.Statx(unix.AT_FDCWD, "/", 0, 0, &st)
+	return err == nil && st.Attributes_mask&unix.STATX_ATTR_MOUNT_ROOT != 0 && st.Attributes&unix.STATX_ATTR_MOUNT_ROOT == 0
 }
 
 func has(c capability.Cap) bool {
@@ -359,6 +372,8 @@ func refused(err error) error {
 	switch {
 	case !slices.ContainsFunc([]error{unix.EPERM, unix.EACCES, unix.ENOSPC, unix.EINVAL, unix.ENOSYS}, func(e error) bool { return errors.Is(err, e) }):
 		return err
+	case chrooted():
+		why = inChroot
 	case errors.Is(err, unix.ENOSPC) || sysctl("user/max_user_namespaces") == "0":
 		why = "set sysctl user.max_user_namespaces above 0"
 	case sysctl("kernel/unprivileged_userns_clone") == "0":

@@ -139,7 +139,7 @@ func pivot(root int) error {
 	}
 	if err := unix.PivotRoot(".", "."); err != nil {
 		if errors.Is(err, unix.EINVAL) {
-			return fmt.Errorf("%w: filo's own root is no mount of its own: it runs in a chroot or from an initramfs", err)
+			return fmt.Errorf("%w: an initramfs as root cannot be left behind", err)
 		}
 		return err
 	}
