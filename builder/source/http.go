@@ -5,10 +5,11 @@ import (
 	"context"
 	"crypto/sha256"
 	_ "crypto/sha512" // for --checksum=sha512: and sha384:
+	"crypto/tls"
 	"errors"
 	"fmt"
-	"hash"
 	"io"
+	"net"
 	"net/http"
 	"net/url"
 	"os"
@@ -25,12 +26,12 @@ import (
 // unnamed is what a file is called whose URL has no last name.
 const unnamed = "__unnamed__"
 
-// download is the answer to a GET. Its bytes lie in a file that vanishes when it is closed.
+// download is the answer to a GET.
 type download struct {
-	body     *os.File
-	size     int64
-	digest   digest.Digest // SHA-256
-	modified *int64        // Last-Modified
+	body   *os.File // at its beginning; closing it gives the space free
+	size   int64
+	digest digest.Digest // SHA-256
+	header http.Header
 }
 
 // openHTTP opens a build context by http: an archive, or text that is a Dockerfile.
@@ -45,8 +46,8 @@ func openHTTP(ctx context.Context, ref string, o Options) (*Source, error) {
 		return nil, fmt.Errorf("open context %s: %w", redact(ref), err)
 	}
 	s.Identity = d.digest.String()
-	if d.modified != nil {
-		s.Modified = d.modified
+	if t := d.modified(); t != nil {
+		s.Modified = t
 	}
 	return s, nil
 }
@@ -64,12 +65,13 @@ func fetchHTTP(ctx context.Context, ref, checksum string, o Options) (Fetched, e
 		return Fetched{}, fmt.Errorf("fetch: %w", err)
 	}
 	st := rootfs.Stat{Mode: 0o600, Size: d.size}
-	if d.modified != nil {
-		st.Sec = *d.modified
+	modified := d.modified()
+	if modified != nil {
+		st.Sec = *modified
 	}
 	name := baseName(ref)
 	t := oneFile(d.body, name, st)
-	return Fetched{FS: t, Name: name, Identity: d.digest.String(), Modified: d.modified, Close: t.Close}, nil
+	return Fetched{FS: t, Name: name, Identity: d.digest.String(), Modified: modified, Close: t.Close}, nil
 }
 
 // baseName is the name that a file gets from its URL. What the server would call it does not count.
@@ -93,31 +95,55 @@ type backoff struct {
 
 func (b backoff) orUsual() backoff {
 	if b.tries == 0 {
-		return backoff{tries: 5, first: 250 * time.Millisecond}
+		return backoff{tries: 4, first: 250 * time.Millisecond}
 	}
 	return b
 }
 
-// get downloads ref, again if the server or the way there is at fault, and verifies its checksum if there is one.
-func get(ctx context.Context, ref string, want digest.Digest, o Options) (_ *download, err error) {
-	body, err := newSpool(o.Temp)
+// get returns what ref gives, after verifying the checksum want if there is one.
+func get(ctx context.Context, ref string, want digest.Digest, o Options) (*download, error) {
+	old := o.kept(ref)
+	if old != nil && old.digest == want {
+		return old, nil
+	}
+	d, err := ask(ctx, ref, old, o)
+	if old != nil && d != old {
+		err = errors.Join(err, old.body.Close())
+	}
+	if err == nil && want != "" {
+		err = d.verify(want)
+	}
+	if err != nil {
+		if d != nil {
+			err = errors.Join(err, d.body.Close())
+		}
+		return nil, fmt.Errorf("GET %s: %w", redact(ref), err)
+	}
+	if d != old {
+		o.keep(ref, d)
+	}
+	return d, nil
+}
+
+// ask downloads ref, again if the server or the way there is at fault. It returns old if that is still current.
+func ask(ctx context.Context, ref string, old *download, o Options) (*download, error) {
+	req, err := newRequest(ctx, ref, o)
 	if err != nil {
 		return nil, err
 	}
-	defer func() {
-		if err != nil {
-			err = errors.Join(err, body.Close())
+	if old != nil {
+		for condition, of := range map[string]string{"If-None-Match": "ETag", "If-Modified-Since": "Last-Modified"} {
+			if v := old.header.Get(of); v != "" {
+				req.Header.Set(condition, v)
+			}
 		}
-	}()
+	}
 	c := &http.Client{Transport: o.Transport}
 	pace := o.retry.orUsual()
 	for try, wait := 1, pace.first; ; try, wait = try+1, wait*2 {
-		d, again, err := getOnce(ctx, c, ref, body, want, o)
-		if err == nil {
-			return d, nil
-		}
-		if !again || try == pace.tries || ctx.Err() != nil {
-			return nil, err
+		d, again, err := askOnce(c, req, old, o.Temp)
+		if err == nil || !again || try == pace.tries || ctx.Err() != nil {
+			return d, err
 		}
 		select {
 		case <-ctx.Done():
@@ -127,79 +153,79 @@ func get(ctx context.Context, ref string, want digest.Digest, o Options) (_ *dow
 	}
 }
 
-// getOnce is one try of get; again reports whether another one could do better.
-func getOnce(ctx context.Context, c *http.Client, ref string, body *os.File, want digest.Digest, o Options) (_ *download, again bool, err error) {
-	req, err := newRequest(ctx, ref, o)
-	if err != nil {
-		return nil, false, err
-	}
+// askOnce is one try of ask; again reports whether another one could do better.
+func askOnce(c *http.Client, req *http.Request, old *download, temp string) (_ *download, again bool, err error) {
 	resp, err := c.Do(req)
 	if err != nil {
-		return nil, true, hidden(err, ref)
+		return nil, !isFinal(err), plain(err)
 	}
 	defer resp.Body.Close()
-	if resp.StatusCode != http.StatusOK {
-		again := resp.StatusCode >= 500 || resp.StatusCode == http.StatusTooManyRequests
-		return nil, again, fmt.Errorf("GET %s: %s", redact(ref), resp.Status)
+	switch code := resp.StatusCode; {
+	case code == http.StatusOK:
+		d, err := save(resp, temp)
+		return d, true, err
+	case code == http.StatusNotModified && old != nil:
+		return old, false, nil
+	case code >= 500 || code == http.StatusTooManyRequests:
+		return nil, true, errors.New(resp.Status)
 	}
-	d, err := save(resp, body, want)
+	return nil, false, errors.New(resp.Status)
+}
+
+// isFinal reports whether a connection will fail the same way again: no such host, or not the one it should be.
+func isFinal(err error) bool {
+	var name *net.DNSError
+	var cert *tls.CertificateVerificationError
+	return errors.As(err, &name) && name.IsNotFound || errors.As(err, &cert)
+}
+
+// save writes the body of resp to a file in the directory temp.
+func save(resp *http.Response, temp string) (*download, error) {
+	body, err := newSpool(temp)
 	if err != nil {
-		return nil, true, fmt.Errorf("GET %s: %w", redact(ref), err)
-	}
-	if got := d.sum(want); want != "" && got != want {
-		return nil, false, fmt.Errorf("GET %s: digest mismatch: got %s, want %s", redact(ref), got, want)
-	}
-	return d.download, false, nil
-}
-
-// summed is a download with the checksum that was asked for.
-type summed struct {
-	*download
-	asked hash.Hash
-}
-
-func (s summed) sum(want digest.Digest) digest.Digest {
-	if s.asked == nil {
-		return s.digest
-	}
-	return digest.NewDigest(want.Algorithm(), s.asked)
-}
-
-// save writes the body of resp to the file body, from its beginning.
-func save(resp *http.Response, body *os.File, want digest.Digest) (summed, error) {
-	if err := body.Truncate(0); err != nil {
-		return summed{}, err
-	}
-	if _, err := body.Seek(0, io.SeekStart); err != nil {
-		return summed{}, err
+		return nil, err
 	}
 	h := sha256.New()
-	w := io.MultiWriter(body, h)
-	s := summed{download: &download{body: body}}
-	if want != "" && want.Algorithm() != digest.SHA256 {
-		s.asked = want.Algorithm().Hash()
-		w = io.MultiWriter(body, h, s.asked)
+	size, err := io.Copy(io.MultiWriter(body, h), resp.Body)
+	if err == nil {
+		_, err = body.Seek(0, io.SeekStart)
 	}
-	var err error
-	if s.size, err = io.Copy(w, resp.Body); err != nil {
-		return summed{}, err
+	if err != nil {
+		return nil, errors.Join(err, body.Close())
 	}
-	if _, err := body.Seek(0, io.SeekStart); err != nil {
-		return summed{}, err
+	return &download{body: body, size: size, digest: digest.NewDigest(digest.SHA256, h), header: resp.Header}, nil
+}
+
+// modified returns the time of Last-Modified, nil if there is none.
+func (d *download) modified() *int64 {
+	t, err := http.ParseTime(d.header.Get("Last-Modified"))
+	if err != nil {
+		return nil
 	}
-	s.digest = digest.NewDigest(digest.SHA256, h)
-	if t, err := http.ParseTime(resp.Header.Get("Last-Modified")); err == nil {
-		sec := t.Unix()
-		s.modified = &sec
+	sec := t.Unix()
+	return &sec
+}
+
+// verify checks that d has the digest want, of whatever algorithm.
+func (d *download) verify(want digest.Digest) error {
+	got := d.digest
+	if want.Algorithm() != got.Algorithm() {
+		var err error
+		if got, err = want.Algorithm().FromReader(io.NewSectionReader(d.body, 0, d.size)); err != nil {
+			return err
+		}
 	}
-	return s, nil
+	if got != want {
+		return fmt.Errorf("digest mismatch: got %s, want %s", got, want)
+	}
+	return nil
 }
 
 // newRequest makes the GET for ref, with the credentials that secrets hold for its host.
 func newRequest(ctx context.Context, ref string, o Options) (*http.Request, error) {
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, ref, nil)
 	if err != nil {
-		return nil, hidden(err, ref)
+		return nil, plain(err)
 	}
 	if o.UserAgent != "" {
 		req.Header.Set("User-Agent", o.UserAgent)
@@ -223,11 +249,11 @@ func (o Options) secret(id string) (string, bool) {
 	return strings.TrimSpace(string(b)), ok
 }
 
-// hidden keeps the password of ref out of an error of net/http.
-func hidden(err error, ref string) error {
+// plain takes the URL out of an error of net/http: it can hold a password.
+func plain(err error) error {
 	var u *url.Error
 	if errors.As(err, &u) {
-		return fmt.Errorf("GET %s: %w", redact(ref), u.Err)
+		return u.Err
 	}
-	return fmt.Errorf("GET %s: %w", redact(ref), err)
+	return err
 }

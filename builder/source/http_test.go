@@ -194,6 +194,48 @@ func TestOpenHTTP(t *testing.T) {
 	wantError(t, err, "404", url+"/none.tgz")
 }
 
+func TestKeep(t *testing.T) {
+	body, tag := "one", `"1"`
+	var log []string
+	url := serve(t, func(w http.ResponseWriter, r *http.Request) {
+		w.Header().Set("ETag", tag)
+		if r.Header.Get("If-None-Match") == tag {
+			log = append(log, "same")
+			w.WriteHeader(http.StatusNotModified)
+			return
+		}
+		log = append(log, "sent")
+		fmt.Fprint(w, body)
+	}) + "/f"
+	o := fast(t)
+	o.Keep = t.TempDir()
+	step := func(what, checksum, want, wantLog string) {
+		t.Helper()
+		log = nil
+		f, err := fetch(t, url, checksum, o)
+		must(t, err)
+		if got := read(t, f.FS, "f"); got != want || strings.Join(log, " ") != wantLog || f.Identity != digest.FromString(want).String() {
+			t.Errorf("%s: %q, requests %v, want %q, %q", what, got, log, want, wantLog)
+		}
+	}
+	step("at first", "", "one", "sent")
+	step("again", "", "one", "same")
+	step("with its checksum", digest.FromString("one").String(), "one", "")
+	step("with another checksum", digest.SHA512.FromString("one").String(), "one", "same")
+	body, tag = "two", `"2"`
+	step("changed", "", "two", "sent")
+	step("again", "", "two", "same")
+	must(t, os.WriteFile(o.keptName(url), []byte("damaged"), 0o600))
+	step("damaged", "", "two", "sent")
+	must(t, os.WriteFile(o.keptName(url)+".json", []byte("{"), 0o600))
+	step("damaged", "", "two", "sent")
+	_, err := fetch(t, url, digest.FromString("one").String(), o)
+	wantError(t, err, "digest mismatch")
+	if left, _ := os.ReadDir(o.Keep); len(left) != 2 {
+		t.Errorf("kept: %v, want two files", left)
+	}
+}
+
 func TestFetchedIsReadOnly(t *testing.T) {
 	url := serve(t, func(w http.ResponseWriter, r *http.Request) {})
 	f, err := fetch(t, url+"/empty", "", fast(t))

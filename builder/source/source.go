@@ -6,12 +6,13 @@
 // ReadLink take the last name as it is, Open follows it. FileInfo.Sys is a [*rootfs.Stat] with the owner that reaches
 // an image: 0:0 for directories and git, the archive's for tars.
 //
-// It never writes outside [Options].Temp, runs nothing but git and never runs what a repository brings along (hooks,
+// It never writes outside [Options].Temp and Keep, runs nothing but git and never runs what a repository brings along (hooks,
 // filters, helpers). A tar is not unpacked on disk: its tree is held in memory and its bytes in one file, so no name or
 // link in it can touch anything, and owners and devices need no privilege.
 //
 // Start at [Open]. dir.go serves a directory, tree.go a tree in memory, tar.go reads archives into it, http.go and
-// git.go fetch, ignore.go hides what .dockerignore excludes, file.go holds what all of them give for files.
+// git.go fetch, keep.go remembers downloads, ignore.go hides what .dockerignore excludes, file.go holds what all of them
+// give for files.
 package source
 
 import (
@@ -55,6 +56,7 @@ type Fetched struct {
 type Options struct {
 	Stdin       io.Reader                      // read for "-"
 	Temp        string                         // existing directory for downloads and checkouts; "" is the system's
+	Keep        string                         // existing directory where downloads by http stay for the next time; "" keeps none
 	KeepGitDir  bool                           // keep .git in a git context (BUILDKIT_CONTEXT_KEEP_GIT_DIR)
 	Secret      func(id string) ([]byte, bool) // GIT_AUTH_TOKEN, HTTP_AUTH_TOKEN_host and their like; nil knows none
 	SSHAuthSock string                         // ssh agent for git over ssh; "" is none
