@@ -214,8 +214,8 @@ func (l *layers) attrs() int {
 	return 0
 }
 
-// overlayOptions keep the upper a plain diff: userxattr implies that nothing is
-// redirected and no copy is of metadata alone. volatile is for speed: without
+// common are the options that keep the upper a plain diff: userxattr implies that nothing
+// is redirected and no copy is of metadata alone. volatile is for speed: without
 // it, the end of each step would wait for the whole disk to be written.
 func (l *layers) common() []string {
 	options := []string{"userxattr", "index=off", "xino=off"}

@@ -161,6 +161,7 @@ func Run(ctx context.Context, p Process) error {
 	if err := c.instruct(p); err != nil {
 		c.process.Kill()
 		c.process.Wait()
+		c.finish()
 		return err
 	}
 	started, failure := readReport(c.report)
@@ -188,65 +189,39 @@ type running struct {
 }
 
 func start(p Process) (*running, error) {
+	var t theirs
+	defer t.close()
 	c := &running{}
-	var theirs []*os.File
-	defer func() {
-		for _, f := range theirs {
-			f.Close()
-		}
-	}()
-	null, err := os.OpenFile(os.DevNull, os.O_RDWR, 0)
-	if err != nil {
-		return nil, err
-	}
-	theirs = append(theirs, null)
+	null := t.null()
 	stdout, stderr := null, null
-	pipe := func() (r, w *os.File) {
-		if err == nil {
-			r, w, err = os.Pipe()
-		}
-		return r, w
-	}
-	pump := func(to io.Writer) *os.File {
-		r, w := pipe()
-		if err == nil {
-			theirs = append(theirs, w)
-			c.outputs = append(c.outputs, &output{from: r, to: to, done: make(chan struct{})})
-		}
-		return w
-	}
 	if p.Stdout != nil {
-		stdout = pump(p.Stdout)
+		stdout = t.output(c, p.Stdout)
 	}
 	switch {
 	case p.Stderr == nil:
 	case same(p.Stdout, p.Stderr):
 		stderr = stdout
 	default:
-		stderr = pump(p.Stderr)
+		stderr = t.output(c, p.Stderr)
 	}
-	orderR, orderW := pipe()
-	reportR, reportW := pipe()
-	if err != nil {
-		for _, f := range []*os.File{orderR, orderW} {
-			f.Close()
-		}
-		c.close()
-		return nil, err
+	var order, report *os.File
+	order, c.order = t.pipe()
+	c.report, report = t.pipe()
+	t.files = append(t.files, null, order, report)
+	err := t.err
+	if err == nil {
+		c.process, err = os.StartProcess(self, []string{childName}, &os.ProcAttr{
+			// Not the child's environment but its Go runtime's: it lives for
+			// milliseconds, collecting garbage would be a waste.
+			Env:   []string{"GOGC=off"},
+			Files: []*os.File{null, stdout, stderr, order, report},
+			Sys: &syscall.SysProcAttr{
+				Cloneflags: namespaces(p.Network),
+				Pdeathsig:  syscall.SIGKILL,
+				Setsid:     true,
+			},
+		})
 	}
-	theirs = append(theirs, orderR, reportW)
-	c.order, c.report = orderW, reportR
-	c.process, err = os.StartProcess(self, []string{childName}, &os.ProcAttr{
-		// Not the child's environment but its Go runtime's: it lives for
-		// milliseconds, collecting garbage would be a waste.
-		Env:   []string{"GOGC=off"},
-		Files: []*os.File{null, stdout, stderr, orderR, reportW},
-		Sys: &syscall.SysProcAttr{
-			Cloneflags: namespaces(p.Network),
-			Pdeathsig:  syscall.SIGKILL,
-			Setsid:     true,
-		},
-	})
 	if err != nil {
 		c.close()
 		return nil, err
@@ -255,6 +230,38 @@ func start(p Process) (*running, error) {
 		go o.pump()
 	}
 	return c, nil
+}
+
+// theirs are the files that only the child keeps. After an error nothing more
+// is opened.
+type theirs struct {
+	files []*os.File
+	err   error
+}
+
+func (t *theirs) null() (f *os.File) {
+	f, t.err = os.OpenFile(os.DevNull, os.O_RDWR, 0)
+	return f
+}
+
+func (t *theirs) pipe() (r, w *os.File) {
+	if t.err == nil {
+		r, w, t.err = os.Pipe()
+	}
+	return r, w
+}
+
+func (t *theirs) output(c *running, to io.Writer) *os.File {
+	r, w := t.pipe()
+	t.files = append(t.files, w)
+	c.outputs = append(c.outputs, &output{from: r, to: to, done: make(chan struct{})})
+	return w
+}
+
+func (t *theirs) close() {
+	for _, f := range t.files {
+		f.Close() // nil files say so, and that is all
+	}
 }
 
 func (c *running) instruct(p Process) error {
