@@ -262,7 +262,8 @@ func (s *Store) Has(l Layer) bool {
 
 // Lock waits until no other goroutine or process holds the lock called name,
 // and takes it. It is not reentrant. unlock may be called more than once. If
-// the process dies its locks are free.
+// the process dies its locks are free. Names that begin with "layer ", "blob "
+// and "blobs " are the store's own.
 func (s *Store) Lock(ctx context.Context, name string) (unlock func(), err error) {
 	s.mu.Lock()
 	turn := s.turns[name]
