@@ -31,8 +31,21 @@ import (
 )
 
 func TestMain(m *testing.M) {
+	if os.Getenv(isFilo) != "" { // started by a script, or by itself in a user namespace: then under another name
+		main()
+	}
 	sandbox.Init()
 	testscript.Main(m, map[string]func(){"filo": main})
+}
+
+// isFilo is set in the environment of what is started as filo.
+const isFilo = "FILO_TEST_MAIN"
+
+// filo returns the command that a shell would start, on a state directory.
+func filo(state string, args ...string) *exec.Cmd {
+	cmd := exec.Command("filo", args...)
+	cmd.Env = append(os.Environ(), isFilo+"=1", "FILO_ROOT="+state)
+	return cmd
 }
 
 // TestScripts runs testdata/scripts against the real main, with a registry in this process that has one image: toybox.
@@ -47,6 +60,7 @@ func TestScripts(t *testing.T) {
 			e.Setenv("FILO_ROOT", filepath.Join(e.WorkDir, "state"))
 			e.Setenv("FILO_REGISTRY_MIRRORS", "docker.io="+host)
 			e.Setenv("REGISTRY", host)
+			e.Setenv(isFilo, "1")
 			e.Setenv("DOCKER_CONFIG", filepath.Join(e.WorkDir, "docker"))
 			e.Defer(func() { sweepState(filepath.Join(e.WorkDir, "state")) })
 			return nil
@@ -60,20 +74,14 @@ func TestScripts(t *testing.T) {
 // needGround skips where the kernel lets nothing be isolated.
 func needGround(t *testing.T) {
 	t.Helper()
-	cmd := exec.Command("filo", "info")
-	cmd.Env = append(os.Environ(), "FILO_ROOT="+t.TempDir())
-	if out, err := cmd.CombinedOutput(); err != nil {
+	if out, err := filo(t.TempDir(), "info").CombinedOutput(); err != nil {
 		t.Skipf("no ground to run steps on: %v\n%s", err, out)
 	}
 }
 
 // sweepState removes what a rootless build leaves with owners that only its user namespace may touch.
 func sweepState(dir string) {
-	for _, args := range [][]string{{"images", "--format", "json"}, {"prune", "--all"}} {
-		cmd := exec.Command("filo", args...)
-		cmd.Env = append(os.Environ(), "FILO_ROOT="+dir)
-		cmd.Run()
-	}
+	filo(dir, "prune", "--all").Run()
 }
 
 // startRegistry serves a registry on loopback and puts toybox into it.
