@@ -214,9 +214,9 @@ func (l *layers) attrs() int {
 	return 0
 }
 
-// common are the options that keep the upper a plain diff: userxattr implies that nothing
-// is redirected and no copy is of metadata alone. volatile is for speed: without
-// it, the end of each step would wait for the whole disk to be written.
+// common are the options that keep the upper a plain diff: userxattr implies
+// that nothing is redirected and no copy is of metadata alone. volatile is for
+// speed: without it, the end of each step would wait for the whole disk.
 func (l *layers) common() []string {
 	options := []string{"userxattr", "index=off", "xino=off"}
 	if l.upper >= 0 {

@@ -12,9 +12,12 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // The program in the sandbox is this test program itself, by another name.
@@ -148,10 +151,10 @@ func insideSys(name string) error {
 		_, _, errno := syscall.RawSyscall(syscall.SYS_UNSHARE, syscall.CLONE_NEWUTS, 0, 0)
 		return report0(errno)
 	case "keyctl":
-		_, _, errno := syscall.RawSyscall(250, 0, 0, 0)
+		_, _, errno := syscall.RawSyscall(unix.SYS_KEYCTL, 0, 0, 0)
 		return report0(errno)
 	case "clone3":
-		_, _, errno := syscall.RawSyscall(435, 0, 0, 0)
+		_, _, errno := syscall.RawSyscall(unix.SYS_CLONE3, 0, 0, 0)
 		return report0(errno)
 	case "future":
 		_, _, errno := syscall.RawSyscall(4000, 0, 0, 0)
@@ -853,5 +856,46 @@ func TestOutputLeftOpen(t *testing.T) {
 	o.finish()
 	if got.String() != want || o.err != nil {
 		t.Errorf("got %d bytes, %v; want %d", got.Len(), o.err, len(want))
+	}
+}
+
+// Many at once, some of them cancelled, leave no file open and no child.
+func TestRunParallel(t *testing.T) {
+	open := func() int {
+		list, err := os.ReadDir("/proc/self/fd")
+		if err != nil {
+			t.Fatal(err)
+		}
+		return len(list)
+	}
+	before := open()
+	var wg sync.WaitGroup
+	for i := range 16 {
+		b := newBox(t)
+		wg.Go(func() {
+			ctx, cancel := context.WithCancel(t.Context())
+			defer cancel()
+			verb := "hostname"
+			if i%2 == 0 {
+				verb = "sleep"
+			}
+			p := b.process(verb)
+			p.Stdout = writerFunc(func(b []byte) (int, error) {
+				if i%2 == 0 {
+					cancel()
+				}
+				return len(b), nil
+			})
+			if err := Run(ctx, p); (err != nil) != (i%2 == 0) {
+				t.Errorf("%s: %v", verb, err)
+			}
+		})
+	}
+	wg.Wait()
+	if after := open(); after > before+1 { // the poller may have opened its own
+		t.Errorf("open files: %d before, %d after", before, after)
+	}
+	if left := children(t, os.Getpid()); len(left) > 0 {
+		t.Errorf("children left: %v", left)
 	}
 }
