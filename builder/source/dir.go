@@ -209,7 +209,7 @@ func (d *dirFS) dir(name string) (*handle, func(), error) {
 		if err != nil {
 			return nil, nil, err
 		}
-		d.evict()
+		d.evict(maxOpen - 1)
 		h = &handle{Dir: dir}
 		d.open[name] = h
 	}
@@ -222,20 +222,21 @@ func (d *dirFS) release(h *handle) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	h.users--
+	d.evict(maxOpen) // more than that were in use at once
 }
 
-// evict makes room for one more directory by closing the one that was unused for longest.
-func (d *dirFS) evict() {
-	if len(d.open) < maxOpen {
-		return
-	}
-	var oldest string
-	for name, h := range d.open {
-		if h.users == 0 && (oldest == "" || h.used < d.open[oldest].used) {
-			oldest = name
+// evict closes the directories unused for longest until at most n are open, or the others are in use.
+func (d *dirFS) evict(n int) {
+	for len(d.open) > n {
+		var oldest string
+		for name, h := range d.open {
+			if h.users == 0 && (oldest == "" || h.used < d.open[oldest].used) {
+				oldest = name
+			}
 		}
-	}
-	if oldest != "" {
+		if oldest == "" {
+			return
+		}
 		d.open[oldest].Close()
 		delete(d.open, oldest)
 	}

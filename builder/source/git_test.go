@@ -13,6 +13,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"testing"
 
 	"github.com/moby/buildkit/frontend/dockerfile/dfgitutil"
@@ -23,7 +24,7 @@ type gitServer struct {
 	t    testing.TB
 	dir  string
 	url  string
-	auth string // wanted from clients
+	auth atomic.Value // string: what clients must send; "" is nothing
 }
 
 // commitTime is the time of every commit.
@@ -36,13 +37,14 @@ func newGitServer(t testing.TB) *gitServer {
 		t.Skip("git is not installed")
 	}
 	s := &gitServer{t: t, dir: t.TempDir()}
+	s.auth.Store("")
 	backend := &cgi.Handler{Path: git, Args: []string{"http-backend"}, Stderr: io.Discard, Env: []string{
 		"GIT_PROJECT_ROOT=" + s.dir, "GIT_HTTP_EXPORT_ALL=1", "GIT_CONFIG_COUNT=1", "GIT_CONFIG_KEY_0=safe.directory", "GIT_CONFIG_VALUE_0=*",
 	}}
 	files := http.StripPrefix("/dumb/", http.FileServer(http.Dir(s.dir)))
 	s.url = serve(t, func(w http.ResponseWriter, r *http.Request) {
-		switch {
-		case s.auth != "" && r.Header.Get("Authorization") != s.auth:
+		switch auth := s.auth.Load(); {
+		case auth != "" && r.Header.Get("Authorization") != auth:
 			w.Header().Set("WWW-Authenticate", "Basic")
 			http.Error(w, "who are you", http.StatusUnauthorized)
 		case strings.HasPrefix(r.URL.Path, "/dumb/"):
@@ -250,7 +252,7 @@ func TestGitKeep(t *testing.T) {
 	s := newGitServer(t)
 	id := s.repo("r")
 	yes := true
-	s.auth = "Basic " + base64.StdEncoding.EncodeToString([]byte("u:hunter2"))
+	s.auth.Store("Basic " + base64.StdEncoding.EncodeToString([]byte("u:hunter2")))
 	with := strings.Replace(s.url, "http://", "http://u:hunter2@", 1)
 	for _, ref := range []string{"", "#v1", "#" + id.one, "#side"} {
 		f, err := Fetch(context.Background(), with+"/r.git"+ref, "", &yes, Options{Temp: t.TempDir()})
@@ -325,7 +327,7 @@ func TestGitSubmodules(t *testing.T) {
 	s.repo("inner")
 	s.module("middle", "inner", "../inner.git")
 	s.module("outer", "middle", "../middle.git")
-	s.auth = "basic " + base64.StdEncoding.EncodeToString([]byte("x-access-token:t0ken"))
+	s.auth.Store("basic " + base64.StdEncoding.EncodeToString([]byte("x-access-token:t0ken")))
 	o := Options{Secret: func(id string) ([]byte, bool) { return []byte("t0ken\n"), id == "GIT_AUTH_TOKEN" }}
 	f, err := s.fetch("/outer.git", "", nil, o)
 	must(t, err)
@@ -378,7 +380,7 @@ func TestGitAuth(t *testing.T) {
 		{"GIT_AUTH_HEADER", "Bearer x", "Bearer x"},
 		{"GIT_AUTH_HEADER." + host, "Bearer x", "Bearer x"},
 	} {
-		s.auth = c.auth
+		s.auth.Store(c.auth)
 		o := Options{Secret: func(id string) ([]byte, bool) { return []byte(c.value), id == c.id }}
 		if _, err := s.fetch("/r.git", "", nil, o); err != nil {
 			t.Errorf("with %s: %v", c.id, err)
@@ -387,7 +389,7 @@ func TestGitAuth(t *testing.T) {
 			t.Errorf("dumb with %s: %v", c.id, err)
 		}
 	}
-	s.auth = "nobody has it"
+	s.auth.Store("nobody has it")
 	_, err := s.fetch("/r.git", "", nil, Options{})
 	wantError(t, err, "/r.git", "git ls-remote")
 	o := Options{Secret: func(id string) ([]byte, bool) { return []byte("a\nb"), id == "GIT_AUTH_HEADER" }}

@@ -8,6 +8,7 @@ import (
 	"net/http/httptest"
 	"os"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -197,7 +198,10 @@ func TestOpenHTTP(t *testing.T) {
 func TestKeep(t *testing.T) {
 	body, tag := "one", `"1"`
 	var log []string
+	var mu sync.Mutex // for all of these
 	url := serve(t, func(w http.ResponseWriter, r *http.Request) {
+		mu.Lock()
+		defer mu.Unlock()
 		w.Header().Set("ETag", tag)
 		if r.Header.Get("If-None-Match") == tag {
 			log = append(log, "same")
@@ -211,9 +215,13 @@ func TestKeep(t *testing.T) {
 	o.Keep = t.TempDir()
 	step := func(what, checksum, want, wantLog string) {
 		t.Helper()
+		mu.Lock()
 		log = nil
+		mu.Unlock()
 		f, err := fetch(t, url, checksum, o)
 		must(t, err)
+		mu.Lock()
+		defer mu.Unlock()
 		if got := read(t, f.FS, "f"); got != want || strings.Join(log, " ") != wantLog || f.Identity != digest.FromString(want).String() {
 			t.Errorf("%s: %q, requests %v, want %q, %q", what, got, log, want, wantLog)
 		}
@@ -222,7 +230,9 @@ func TestKeep(t *testing.T) {
 	step("again", "", "one", "same")
 	step("with its checksum", digest.FromString("one").String(), "one", "")
 	step("with another checksum", digest.SHA512.FromString("one").String(), "one", "same")
+	mu.Lock()
 	body, tag = "two", `"2"`
+	mu.Unlock()
 	step("changed", "", "two", "sent")
 	step("again", "", "two", "same")
 	must(t, os.WriteFile(o.keptName(url), []byte("damaged"), 0o600))
