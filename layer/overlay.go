@@ -68,18 +68,32 @@ func (o *Overlay) Close() error {
 	return nil
 }
 
-// trees returns the unpacked layers, highest first.
+// trees returns the directories of the unpacked layers, highest first.
 func (s *Store) trees(ctx context.Context, layers []Layer) ([]string, error) {
 	trees := make([]string, len(layers))
 	g, ctx := errgroup.WithContext(ctx)
 	g.SetLimit(parallel)
 	for i, l := range layers {
 		g.Go(func() (err error) {
-			trees[len(layers)-1-i], err = s.Tree(ctx, l)
+			trees[i], err = s.Tree(ctx, l)
 			return err
 		})
 	}
-	return trees, g.Wait()
+	if err := g.Wait(); err != nil {
+		return nil, err
+	}
+	return once(trees), nil
+}
+
+// once keeps the first of equal trees. The kernel refuses to mount one twice (ELOOP), and
+// a layer repeated higher up, as empty ones are, leaves nothing of the lower one to see.
+func once(trees []string) []string {
+	seen := map[string]bool{}
+	return slices.DeleteFunc(trees, func(tree string) bool {
+		again := seen[tree]
+		seen[tree] = true
+		return again
+	})
 }
 
 // fill makes what Overlay promises below o.dir.

@@ -24,7 +24,7 @@ func (s *Store) Snapshot(ctx context.Context, o *Overlay, sinks Sinks) (Layer, e
 		return Layer{}, fmt.Errorf("snapshot: %w", err)
 	}
 	defer root.Close()
-	w := &walker{ctx: ctx, root: root, lower: o.below, single: s.single}
+	w := &walker{ctx: ctx, root: root, lower: o.below, stubs: o.stubs, trees: o.Lower, single: s.single}
 	top, err := w.walk()
 	if err != nil {
 		return Layer{}, fmt.Errorf("snapshot: %w", err)
@@ -48,26 +48,21 @@ func (o *Overlay) below(p string) (*Entry, bool) {
 	return &e, ok
 }
 
-// linkUp makes names of one file hard links of the first of them. If one of them changed all
-// are in the layer, else the others would be cut off from it.
+// linkUp makes names of one file that changed hard links of the first of them. Names that did not change are not in the
+// layer, so nothing can be linked to them.
 func linkUp(top *node) {
-	names := map[[2]uint64][]*node{}
+	first := map[[2]uint64]*node{}
 	top.each(func(n *node) {
-		if n.Type == Regular && n.links > 1 {
-			names[n.inode] = append(names[n.inode], n)
+		if n.Type != Regular || n.links < 2 || n.verdict != changed {
+			return
 		}
+		f, ok := first[n.inode]
+		if !ok {
+			first[n.inode] = n
+			return
+		}
+		n.Type, n.Link, n.Size = Hardlink, f.Path, 0
 	})
-	for _, group := range names {
-		if !slices.ContainsFunc(group, func(n *node) bool { return n.verdict == changed }) {
-			continue
-		}
-		for i, n := range group {
-			n.verdict = changed
-			if i > 0 {
-				n.Type, n.Link, n.Size = Hardlink, group[0].Path, 0
-			}
-		}
-	}
 }
 
 // expand says in single deletions what opaque directories hide.

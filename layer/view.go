@@ -226,11 +226,8 @@ func (v *View) lookup(name string) (Entry, int, bool) {
 		case !r.implied:
 			e, ok := v.indexes[i].entry(r.record)
 			return e, i, ok
-		case in < 0:
+		case in < 0: // opaque or not: a marker hides what is inside, not the directory
 			implied, in = impliedDir(name), i
-		}
-		if r.opaque {
-			break
 		}
 	}
 	return implied, in, in >= 0
@@ -242,9 +239,6 @@ func (v *View) root() (Entry, int, bool) {
 		if r.ok && r.typ == Dir && !r.implied {
 			e, ok := x.entry(r.record)
 			return e, i, ok
-		}
-		if r.opaque {
-			break
 		}
 	}
 	return impliedDir("."), -1, true
@@ -264,7 +258,7 @@ func (v *View) children(dir string) []*Entry {
 				if e.Type == Dir && !e.Implied {
 					*above = e
 				}
-				if e.Type != Dir || !e.Implied || v.indexes[i].opaque(e.Path) {
+				if e.Type != Dir || !e.Implied {
 					seen[e.Path] = nil
 				}
 			case e.Type == Whiteout:
@@ -273,7 +267,7 @@ func (v *View) children(dir string) []*Entry {
 				if e, ok := v.inode(e, i); ok {
 					list = append(list, &e)
 					seen[e.Path] = nil
-					if e.Implied && !v.indexes[i].opaque(e.Path) {
+					if e.Implied {
 						seen[e.Path] = &e
 					}
 				}

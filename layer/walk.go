@@ -30,6 +30,7 @@ type node struct {
 	opaque   bool // a directory in which nothing of the lower layers shows
 	inode    [2]uint64
 	links    uint32
+	nsec     int64 // of the mtime; the seconds are in ModTime
 	children []*node // sorted by name
 }
 
@@ -46,6 +47,8 @@ type walker struct {
 	ctx    context.Context
 	root   *rootfs.Root // the upper
 	lower  func(path string) (*Entry, bool)
+	stubs  map[string]Entry // what lower shows that is in no layer
+	trees  []string // the lower directories, highest first
 	single bool
 	group  errgroup.Group
 
@@ -130,7 +133,7 @@ func (w *walker) file(d *rootfs.Dir, name, p string) (*node, error) {
 	if err != nil {
 		return nil, err
 	}
-	n := &node{inUpper: true, inode: [2]uint64{st.Dev, st.Ino}, links: st.Nlink}
+	n := &node{inUpper: true, inode: [2]uint64{st.Dev, st.Ino}, links: st.Nlink, nsec: st.Nsec}
 	n.Entry = Entry{Path: p, Mode: st.Mode & 0o7777, UID: st.UID, GID: st.GID, ModTime: st.Sec}
 	switch st.Mode & unix.S_IFMT {
 	case unix.S_IFREG:
@@ -195,7 +198,7 @@ func layerXattr(key string) bool {
 func (w *walker) compare(n *node) {
 	l, ok := w.lower(n.Path)
 	if n.Type == Whiteout {
-		if !ok {
+		if _, stub := w.stubs[n.Path]; stub || !ok {
 			n.verdict = void
 		}
 		return
@@ -240,10 +243,27 @@ func (w *walker) settle(d doubt) error {
 	if _, err := io.Copy(h, f); err != nil {
 		return fmt.Errorf("read %s: %w", d.node.Path, err)
 	}
-	if "sha256:"+hex.EncodeToString(h.Sum(nil)) == string(d.lower) {
+	if "sha256:"+hex.EncodeToString(h.Sum(nil)) == string(d.lower) && w.untouched(d.node) {
 		d.node.verdict = same
 	}
 	return nil
+}
+
+// untouched compares the fraction of the mtime, which layers do not carry, with that of the unpacked file below: a
+// copied-up file keeps it, one that was written again within the same second does not.
+func (w *walker) untouched(n *node) bool {
+	for _, tree := range w.trees {
+		root, err := rootfs.Open(tree)
+		if err != nil {
+			continue
+		}
+		st, err := root.Lstat(n.Path)
+		root.Close()
+		if err == nil {
+			return st.Nsec == n.nsec
+		}
+	}
+	return true
 }
 
 func (w *walker) open(n *node) (*os.File, error) {

@@ -28,6 +28,7 @@ type Stat struct {
 	Nlink        uint32
 	Major, Minor uint32 // of a device
 	Sec, Nsec    int64  // modification time
+	CSec, CNsec  int64  // change time
 }
 
 // FileMode returns the mode as io/fs writes it.
@@ -96,6 +97,7 @@ func (d *Dir) Lstat(name string) (Stat, error) {
 		Dev: dev, Ino: st.Ino, Nlink: uint32(st.Nlink),
 		Major: unix.Major(rdev), Minor: unix.Minor(rdev),
 		Sec: int64(st.Mtim.Sec), Nsec: int64(st.Mtim.Nsec),
+		CSec: int64(st.Ctim.Sec), CNsec: int64(st.Ctim.Nsec),
 	}, nil
 }
 
