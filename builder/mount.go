@@ -165,7 +165,7 @@ func (w *walk) bind(ctx context.Context, m mount) (sandbox.Mount, func(), error)
 	if m.ReadOnly {
 		root.Upper, root.Work = "", ""
 	}
-	return sandbox.Mount{Type: sandbox.Overlay, Root: root, Subpath: sub}, func() { o.Close() }, nil
+	return sandbox.Mount{Type: sandbox.Overlay, Root: root, Subpath: sub, File: !m.source[0].isDir()}, func() { o.Close() }, nil
 }
 
 // materialise makes a layer of files that are in no layer yet and returns it with where in it they are.

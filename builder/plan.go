@@ -127,7 +127,7 @@ type attributes struct {
 func (a attributes) made() (uint32, owner) {
 	mode, o := uint32(0o755), owner{}
 	if a.octal != nil {
-		mode = *a.octal
+		mode = *a.octal & 0o777
 	}
 	if a.chown != nil {
 		o = *a.chown

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -75,7 +76,11 @@ func (a accounts) lookup(spec string) (account, error) {
 	if home == "" {
 		home = "/"
 	}
-	return account{owner{u.Uid, u.Gid}, u.Sgids, home}, nil
+	groups := u.Sgids
+	if !slices.Contains(groups, u.Gid) { // as runc does; id(1) shows it
+		groups = append(groups, u.Gid)
+	}
+	return account{owner{u.Uid, u.Gid}, groups, home}, nil
 }
 
 // chown finds the owner that --chown names. A number alone is user and group; a name alone brings its primary group;
