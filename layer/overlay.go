@@ -75,7 +75,7 @@ func (s *Store) trees(ctx context.Context, layers []Layer) ([]string, error) {
 	g.SetLimit(parallel)
 	for i, l := range layers {
 		g.Go(func() (err error) {
-			trees[i], err = s.Tree(ctx, l)
+			trees[len(layers)-1-i], err = s.Tree(ctx, l)
 			return err
 		})
 	}

@@ -30,7 +30,7 @@ type node struct {
 	opaque   bool // a directory in which nothing of the lower layers shows
 	inode    [2]uint64
 	links    uint32
-	nsec     int64 // of the mtime; the seconds are in ModTime
+	nsec     int64   // of the mtime; the seconds are in ModTime
 	children []*node // sorted by name
 }
 
@@ -48,7 +48,7 @@ type walker struct {
 	root   *rootfs.Root // the upper
 	lower  func(path string) (*Entry, bool)
 	stubs  map[string]Entry // what lower shows that is in no layer
-	trees  []string // the lower directories, highest first
+	trees  []string         // the lower directories, highest first
 	single bool
 	group  errgroup.Group
 
