@@ -298,9 +298,9 @@ func (r *repo) fetch(ctx context.Context, at point) (commit, error) {
 	if at.ref != "" {
 		spec = "+" + source + ":" + at.ref
 	}
-	_, err := r.run(ctx, "fetch", "--quiet", "--no-tags", "--depth=1", "--", r.remote, spec)
+	_, err := r.run(ctx, "fetch", "--quiet", "--update-head-ok", "--no-tags", "--depth=1", "--", r.remote, spec)
 	if err != nil && ctx.Err() == nil && isShallowError(err) {
-		_, err = r.run(ctx, "fetch", "--quiet", "--no-tags", "--", r.remote, spec)
+		_, err = r.run(ctx, "fetch", "--quiet", "--update-head-ok", "--no-tags", "--", r.remote, spec)
 	}
 	if err == nil {
 		if c, err := r.commit(ctx, at.id); err == nil || ctx.Err() != nil {
@@ -311,7 +311,7 @@ func (r *repo) fetch(ctx context.Context, at point) (commit, error) {
 		return commit{}, err
 	}
 	// The ref has moved meanwhile, or the server gives no commit by its id: take all and look for it.
-	_, allErr := r.run(ctx, "fetch", "--quiet", "--no-tags", "--", r.remote, "+refs/heads/*:refs/remotes/origin/*", "+refs/tags/*:refs/tags/*")
+	_, allErr := r.run(ctx, "fetch", "--quiet", "--update-head-ok", "--no-tags", "--", r.remote, "+refs/heads/*:refs/remotes/origin/*", "+refs/tags/*:refs/tags/*")
 	if allErr != nil {
 		return commit{}, errors.Join(err, allErr)
 	}

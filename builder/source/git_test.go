@@ -102,6 +102,7 @@ func (s *gitServer) repo(name string) (id ids) {
 	write(s.t, filepath.Join(s.dir, work), map[string]string{"file": "side"})
 	id.side = s.commit(work, "side")
 	s.git(work, "branch", "both")
+	s.git(work, "branch", "master")
 	s.git(work, "checkout", "-q", "main")
 	s.bare(work, name)
 	return id
@@ -147,6 +148,7 @@ func TestGitRefs(t *testing.T) {
 		{"", "", "two", id.two},
 		{"#main", "", "two", id.two},
 		{"#side", "", "side", id.side},
+		{"#master", "", "side", id.side},
 		{"#refs/heads/side", "", "side", id.side},
 		{"#heads/side", "", "side", id.side},
 		{"#v1", "", "one", id.one},
@@ -254,7 +256,7 @@ func TestGitKeep(t *testing.T) {
 	yes := true
 	s.auth.Store("Basic " + base64.StdEncoding.EncodeToString([]byte("u:hunter2")))
 	with := strings.Replace(s.url, "http://", "http://u:hunter2@", 1)
-	for _, ref := range []string{"", "#v1", "#" + id.one, "#side"} {
+	for _, ref := range []string{"", "#v1", "#" + id.one, "#side", "#master"} {
 		f, err := Fetch(context.Background(), with+"/r.git"+ref, "", &yes, Options{Temp: t.TempDir()})
 		must(t, err)
 		defer f.Close()
