@@ -276,8 +276,11 @@ func (x *index) findImplied() []string {
 		for dir := parent; dir != "." && dir != open && !beneath(open, dir); dir = path.Dir(dir) {
 			list = append(list, dir)
 		}
+		if t == Opaque && open != p {
+			list = append(list, p) // the marker stands without the directory
+		}
 		open = parent
-		if t == Dir {
+		if t == Dir || t == Opaque {
 			open = p
 		}
 	}

@@ -307,3 +307,19 @@ func BenchmarkOverlay(b *testing.B) {
 		})
 	}
 }
+
+func TestFindImpliedOpaque(t *testing.T) {
+	for _, c := range []struct {
+		entries []Entry
+		want    []string
+	}{
+		{[]Entry{{Path: "d", Type: Dir}, {Path: "d", Type: Opaque}, {Path: "d/f", Type: Fifo}}, nil},
+		{[]Entry{{Path: "d", Type: Opaque}, {Path: "d/f", Type: Fifo}}, []string{"d"}},
+		{[]Entry{{Path: "a/d", Type: Opaque}, {Path: "a/d/f", Type: Fifo}}, []string{"a", "a/d"}},
+	} {
+		x := indexed(t, c.entries...)
+		if got := x.findImplied(); !slices.Equal(got, c.want) {
+			t.Errorf("implied directories of %v: got %q, want %q", c.entries, got, c.want)
+		}
+	}
+}
