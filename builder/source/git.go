@@ -469,7 +469,7 @@ func (r *repo) run(ctx context.Context, args ...string) (string, error) {
 	cmd := exec.CommandContext(ctx, r.git, args...)
 	var stdout, stderr bytes.Buffer
 	cmd.Dir, cmd.Env, cmd.Stdout, cmd.Stderr = r.tree, r.env, &stdout, &stderr
-	cmd.Cancel = func() error { return cmd.Process.Signal(os.Interrupt) } // git removes its locks and stops its helpers
+	cmd.Cancel = func() error { return stop(cmd.Process) }
 	cmd.WaitDelay = stopTime
 	err := cmd.Run()
 	if ctx.Err() != nil {
@@ -479,6 +479,29 @@ func (r *repo) run(ctx context.Context, args ...string) (string, error) {
 		return "", fmt.Errorf("git %s: %w: %s", args[0], err, r.hide(strings.TrimSpace(stderr.String())))
 	}
 	return stdout.String(), nil
+}
+
+// stop ends git and the helpers it has started: they would wait for a server that does not answer.
+func stop(git *os.Process) error {
+	for _, pid := range children(git.Pid) {
+		if p, err := os.FindProcess(pid); err == nil {
+			_ = p.Kill() // gone is as good
+		}
+	}
+	return git.Signal(os.Interrupt) // it removes its locks
+}
+
+// children returns the processes below pid, the deepest first.
+func children(pid int) (all []int) {
+	b, _ := os.ReadFile(fmt.Sprintf("/proc/%d/task/%d/children", pid, pid)) // a kernel without it has the delay
+	for _, s := range strings.Fields(string(b)) {
+		child, err := strconv.Atoi(s)
+		if err != nil {
+			continue
+		}
+		all = append(append(all, children(child)...), child)
+	}
+	return all
 }
 
 // hide takes credentials out of what git says.

@@ -415,14 +415,20 @@ func TestGitSHA256(t *testing.T) {
 	}
 }
 
+// TestGitCanceled cancels while the server keeps git waiting.
 func TestGitCanceled(t *testing.T) {
-	s := newGitServer(t)
-	s.repo("r")
+	newGitServer(t) // skips without git
 	ctx, cancel := context.WithCancel(context.Background())
-	cancel()
-	_, err := Fetch(ctx, s.url+"/r.git", "", nil, Options{Temp: t.TempDir()})
+	done := make(chan struct{})
+	url := serve(t, func(w http.ResponseWriter, r *http.Request) { cancel(); <-done })
+	temp := t.TempDir()
+	_, err := Fetch(ctx, url+"/r.git", "", nil, Options{Temp: temp})
+	close(done)
 	if !errors.Is(err, context.Canceled) {
 		t.Errorf("Fetch = %v, want canceled", err)
+	}
+	if left, _ := os.ReadDir(temp); len(left) > 0 {
+		t.Errorf("left in the temporary directory: %v", left)
 	}
 }
 

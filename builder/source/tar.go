@@ -121,7 +121,7 @@ func readTar(ctx context.Context, r *bufio.Reader, temp string) (_ *tree, err er
 	for {
 		h, err := tr.Next()
 		if err == io.EOF {
-			return u.tree, spool.Truncate(u.end) // a hole at the end has to be there to be read
+			return u.tree, errors.Join(drain(plain), spool.Truncate(u.end)) // a hole at the end has to be there to be read
 		}
 		if err == nil {
 			err = ctx.Err()
@@ -133,6 +133,15 @@ func readTar(ctx context.Context, r *bufio.Reader, temp string) (_ *tree, err er
 			return nil, fmt.Errorf("read tar: %q: %w", h.Name, err)
 		}
 	}
+}
+
+// drain reads what stands behind the end of an archive: only then the checksum of a compressed stream is verified.
+func drain(r io.Reader) error {
+	_, err := io.Copy(io.Discard, r)
+	if errors.Is(err, gzip.ErrHeader) { // garbage after a stream that was whole: gzip(1) takes that too
+		return nil
+	}
+	return err
 }
 
 // untar adds the entries of a tar to a tree.

@@ -272,6 +272,20 @@ func TestTarCanceled(t *testing.T) {
 	}
 }
 
+func TestTarDamaged(t *testing.T) {
+	var b bytes.Buffer
+	w := gzip.NewWriter(&b)
+	w.Write(makeTar(t, file("a", "1")))
+	w.Close()
+	good := b.Bytes()
+	if _, err := openTar(t, append(good[:len(good):len(good)], "trailing garbage"...)); err != nil {
+		t.Errorf("with garbage behind: %v", err)
+	}
+	good[len(good)-8] ^= 1 // the checksum
+	_, err := openTar(t, good)
+	wantError(t, err, "checksum")
+}
+
 func TestNotATar(t *testing.T) {
 	var b bytes.Buffer
 	w := gzip.NewWriter(&b)
