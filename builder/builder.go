@@ -142,12 +142,12 @@ func (b *Builder) Build(ctx context.Context, req Request) (Result, error) {
 // build is the state of one Build.
 type build struct {
 	*Builder
-	req      Request
-	jobs     *semaphore.Weighted
-	vertices atomic.Int32
-	bases    *once[baseKey, *image.Image]
-	files    *once[string, *cache.Files] // by directory
-	cleared  sync.Map                    // cache mounts emptied by this build
+	req         Request
+	jobs        *semaphore.Weighted
+	vertices    atomic.Int32
+	bases       *once[baseKey, *image.Image]
+	files       *once[string, *cache.Files] // by directory
+	cacheMounts sync.Map                    // directories of those used by this build
 }
 
 // vertex is one line of progress.

@@ -245,8 +245,9 @@ func (w *walk) fill(ctx context.Context, dir string, m mount) error {
 		return err
 	}
 	defer unlock()
+	again := w.req.NoCache && w.firstUse(dir)
 	_, err = os.Lstat(data)
-	if err == nil && !(w.req.NoCache && w.emptied(dir)) {
+	if err == nil && !again {
 		return nil
 	}
 	if err != nil && !errors.Is(err, os.ErrNotExist) {
@@ -353,10 +354,10 @@ func writeFile(src *picked, f file, at string) error {
 	return errors.Join(err, out.Chmod(fileMode(f.Mode)), out.Close())
 }
 
-// emptied reports whether this build has not emptied dir yet, and notes that it does so now.
-func (w *walk) emptied(dir string) bool {
-	_, done := w.cleared.LoadOrStore(dir, true)
-	return !done
+// firstUse reports whether this build has not used the cache mount in dir before.
+func (w *walk) firstUse(dir string) bool {
+	_, used := w.cacheMounts.LoadOrStore(dir, true)
+	return !used
 }
 
 func deref[T any](p *T, otherwise T) T {
