@@ -6,7 +6,6 @@ import (
 	"io/fs"
 	"os"
 	"path"
-	"path/filepath"
 	"strings"
 	"sync"
 
@@ -244,5 +243,5 @@ func (d *dirFS) evict(n int) {
 
 // removing makes Close of a file system also remove the directory that was made for it.
 func removing(dir string, close func() error) func() error {
-	return func() error { return errors.Join(close(), os.RemoveAll(filepath.Clean(dir))) }
+	return func() error { return errors.Join(close(), os.RemoveAll(dir)) }
 }

@@ -12,12 +12,6 @@ import (
 	"filo/layer/rootfs"
 )
 
-// fileSystem is what this package's file systems are.
-type fileSystem interface {
-	fs.ReadDirFS
-	fs.ReadLinkFS
-}
-
 // maxLinks is how many links one path may go through, as in the kernel (path_resolution(7)).
 const maxLinks = 40
 

@@ -13,6 +13,14 @@ import (
 	"filo/layer/rootfs"
 )
 
+// fileSystem is what every file system here has to be.
+type fileSystem interface {
+	fs.ReadDirFS
+	fs.ReadLinkFS
+}
+
+var _ = []fileSystem{(*dirFS)(nil), (*tree)(nil), (*ignoreFS)(nil)}
+
 func must(t testing.TB, err error) {
 	t.Helper()
 	if err != nil {
