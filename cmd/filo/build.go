@@ -145,7 +145,7 @@ func (j *job) build(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	if err := j.writeFiles(exported); err != nil {
+	if err := j.writeFiles(exported, result.Warnings); err != nil {
 		return err
 	}
 	j.display.Close()

@@ -121,7 +121,8 @@ func (j *job) ask(ctx context.Context, w io.Writer, c call) error {
 	if err != nil {
 		return j.broken(w, c, err)
 	}
-	base := j.bases(ctx, p)
+	var wrong []dockerfile.Warning
+	base := j.bases(ctx, p, &wrong)
 	if c.method == "outline" {
 		o, err := f.Outline(stages, p, base)
 		if err != nil {
@@ -136,11 +137,11 @@ func (j *job) ask(ctx context.Context, w io.Writer, c call) error {
 	if err != nil {
 		return j.broken(w, c, err)
 	}
-	return j.findings(w, found, c.json)
+	return j.findings(w, append(wrong, found...), c.json)
 }
 
-// bases returns how to get the config of a base image, each one once.
-func (j *job) bases(ctx context.Context, p ocispec.Platform) func(*dockerfile.Stage) (dockerfile.Config, error) {
+// bases returns how to get the config of a base image, each one once. Images for another platform are added to wrong.
+func (j *job) bases(ctx context.Context, p ocispec.Platform, wrong *[]dockerfile.Warning) func(*dockerfile.Stage) (dockerfile.Config, error) {
 	known := map[string]dockerfile.Config{}
 	return func(s *dockerfile.Stage) (dockerfile.Config, error) {
 		want := p
@@ -155,6 +156,7 @@ func (j *job) bases(ctx context.Context, p ocispec.Platform) func(*dockerfile.St
 		if err != nil || img == nil {
 			return dockerfile.Config{}, err
 		}
+		*wrong = append(*wrong, s.CheckPlatform(want, image.Platform(img.Config))...)
 		known[key] = dockerfile.Config{DockerOCIImageConfig: img.Config.Config, Author: img.Config.Author}
 		return known[key], nil
 	}

@@ -41,6 +41,9 @@ func (j *job) read(ctx context.Context, ref string) error {
 	}
 	j.req.File, j.req.FileName = d.text, path.Base(d.name)
 	j.req.Context, j.req.Root = src.FS, src.Root
+	if j.req.Args["SOURCE_DATE_EPOCH"] == "context" && src.Modified != nil {
+		j.req.Epoch = src.Modified
+	}
 	if src.Local {
 		if j.req.Context, err = j.ignore(src.FS, d); err != nil {
 			return err

@@ -4,9 +4,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io/fs"
 	"strings"
 
+	dockerspec "github.com/moby/docker-image-spec/specs-go/v1"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"filo/builder"
@@ -68,13 +68,8 @@ func (j *job) imageContext(text, ref string) builder.Named {
 	}
 	return builder.Named{Text: text, Image: func(ctx context.Context, p ocispec.Platform) (*image.Image, error) {
 		if ref == "scratch" {
-			return &image.Image{}, nil
+			return &image.Image{Config: dockerspec.DockerOCIImage{Image: ocispec.Image{Platform: p}}}, nil
 		}
 		return image.Pull(ctx, j.store, j.registry, ref, p, mode)
 	}}
-}
-
-// layoutContext is an image of an OCI layout: DIR[:TAG][@DIGEST].
-func (j *job) layoutContext(text, rest string) (builder.Named, error) {
-	return builder.Named{}, fmt.Errorf("%s: %w", text, fs.ErrInvalid)
 }

@@ -173,13 +173,16 @@ func took(d time.Duration) string {
 }
 
 // writeFiles writes --iidfile and --metadata-file and prints the image ID if that is all that was asked for.
-func (j *job) writeFiles(all []export.Exported) error {
+func (j *job) writeFiles(all []export.Exported, found []dockerfile.Warning) error {
 	id, metadata := "", map[string]any{}
 	for _, x := range all {
 		if id == "" && x.Descriptor.Digest != "" {
 			id = x.ID()
 		}
 		maps.Copy(metadata, x.Metadata())
+	}
+	if v, _ := j.env("BUILDX_METADATA_WARNINGS"); truthy(v) {
+		metadata["buildx.build.warnings"] = j.metadataWarnings(found)
 	}
 	if f := j.flags.results.iidfile; f != "" && id != "" {
 		if err := writeFile(f, []byte(id)); err != nil {
@@ -199,6 +202,25 @@ func (j *job) writeFiles(all []export.Exported) error {
 		fmt.Fprintln(j.stdout, id)
 	}
 	return nil
+}
+
+// metadataWarning is a build check's finding as buildx writes it: BuildKit's VertexWarning.
+type metadataWarning struct {
+	Level  int         `json:"level"`
+	Short  []byte      `json:"short"`
+	Detail [][]byte    `json:"detail,omitempty"`
+	URL    string      `json:"url,omitempty"`
+	Source sourceInfo  `json:"sourceInfo"`
+	Range  []lineRange `json:"range,omitempty"`
+}
+
+func (j *job) metadataWarnings(found []dockerfile.Warning) []metadataWarning {
+	out := []metadataWarning{}
+	for _, w := range found {
+		short := []byte(w.Rule + ": " + w.Message + atLine(w))
+		out = append(out, metadataWarning{1, short, [][]byte{[]byte(w.Detail)}, w.URL, j.sources()[0], at(w.Ranges).Ranges})
+	}
+	return out
 }
 
 // summary is one line about the whole build.

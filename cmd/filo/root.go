@@ -6,6 +6,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -76,7 +77,12 @@ func (a *app) command(args []string) *cobra.Command {
 	cmd.SetOut(a.stdout)
 	cmd.SetErr(a.stderr)
 	cmd.SetUsageTemplate(cmd.UsageTemplate() + environmentHelp)
-	cmd.SetFlagErrorFunc(func(c *cobra.Command, err error) error { return &usageError{c.CommandPath(), err} })
+	cmd.SetFlagErrorFunc(func(c *cobra.Command, err error) error {
+		if !c.HasParent() && len(args) > 0 && !strings.HasPrefix(args[0], "-") {
+			err = fmt.Errorf("unknown command %q", args[0]) // whose flags are unknown too
+		}
+		return &usageError{c.CommandPath(), err}
+	})
 	cmd.PersistentFlags().StringVar(&a.stateDir, "root", "", "state `directory` (default $FILO_ROOT, or a per-user directory)")
 	cmd.PersistentFlags().StringVar(&a.isolation, "isolation", "auto", "how steps are isolated: auto, root, rootless or chroot")
 	cmd.AddCommand(a.build(), a.push(), a.pull(), a.images(), a.inspect(), a.history(), a.tag(), a.rmi(), a.prune(), a.info(), a.versionCommand())
