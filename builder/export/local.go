@@ -262,11 +262,15 @@ func (w *localWriter) dir(ctx context.Context, d *rootfs.Dir, name, at, out stri
 	return w.attributes(d, name, entry)
 }
 
-// mkdir makes a directory unless there is one. A file or a link in its place gives way.
+// mkdir makes a directory unless there is one. A file or a link in its place gives way. One that an earlier
+// export shut to its owner is opened; it gets its mode back when it is filled.
 func (w *localWriter) mkdir(d *rootfs.Dir, name string) error {
 	st, err := d.Lstat(name)
 	if err == nil && st.FileMode().IsDir() {
-		return nil
+		if st.Mode&0o700 == 0o700 || w.e.Owners {
+			return nil
+		}
+		return d.Chmod(name, st.Mode&0o7777|0o700)
 	}
 	if err == nil {
 		err = d.Remove(name)

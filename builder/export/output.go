@@ -47,12 +47,12 @@ var (
 // A value with a comma is quoted as in CSV. Types and attributes that are unknown, and values that can mean
 // nothing, are errors.
 func Parse(spec string) (Output, error) {
+	if strings.TrimSpace(spec) == "" {
+		return Output{}, errors.New("output is empty")
+	}
 	fields, err := csvvalue.Fields(spec, nil)
 	if err != nil {
 		return Output{}, fmt.Errorf("output %q: %w", spec, err)
-	}
-	if len(fields) == 0 || spec == "" {
-		return Output{}, fmt.Errorf("output %q: empty", spec)
 	}
 	if len(fields) == 1 && !strings.Contains(fields[0], "=") {
 		if fields[0] == "-" {

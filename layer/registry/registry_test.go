@@ -620,7 +620,8 @@ func TestParallelPushes(t *testing.T) {
 	s := serve(t)
 	var mu sync.Mutex
 	now, most := 0, 0
-	hold := make(chan struct{})
+	full := make(chan struct{})
+	first := sync.OnceFunc(func() { close(full) })
 	s.set(func(w http.ResponseWriter, r *http.Request) bool {
 		if r.Method != http.MethodHead {
 			return false
@@ -629,10 +630,13 @@ func TestParallelPushes(t *testing.T) {
 		now++
 		most = max(most, now)
 		if now == parallel {
-			close(hold)
+			first()
 		}
 		mu.Unlock()
-		<-hold
+		<-full
+		mu.Lock()
+		now--
+		mu.Unlock()
 		return false
 	})
 	c := open(Options{})
@@ -642,12 +646,7 @@ func TestParallelPushes(t *testing.T) {
 		go func() {
 			defer wg.Done()
 			b := fmt.Appendf(nil, "blob %d", i)
-			if err := c.PushBlob(t.Context(), s.host+"/a", blobOf(b), nil, func(ctx context.Context) (io.ReadCloser, error) {
-				mu.Lock()
-				now = min(now, 0) // the first wave stood still together; what follows is not counted
-				mu.Unlock()
-				return opener(b)(ctx)
-			}); err != nil {
+			if err := c.PushBlob(t.Context(), s.host+"/a", blobOf(b), nil, opener(b)); err != nil {
 				t.Error(err)
 			}
 		}()
