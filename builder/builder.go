@@ -37,6 +37,10 @@ type Builder struct {
 	Now      func() time.Time // for "created" where no epoch is given
 	Emit     func(Event)      // called from several goroutines; nil drops events
 	Jobs     int              // steps done at once; 0 is the number of cores
+
+	// Recall asks shared caches for what the local one lacks. A layer that it names it has promised to Store.
+	// Whatever goes wrong is an absence. nil asks nobody.
+	Recall func(ctx context.Context, k cache.Key) (r cache.Record, ok bool)
 }
 
 // Request is one build.
@@ -102,6 +106,15 @@ type Agent func(ctx context.Context) (net.Conn, error)
 type Result struct {
 	Images   []*image.Image // one a platform, in the order asked for
 	Warnings []dockerfile.Warning
+	Made     []Made // what each step made or found, for shared caches; bases first, each key once
+}
+
+// Made is a layer and the key it can be found under.
+type Made struct {
+	Key     cache.Key
+	Layer   layer.Layer
+	Created int64 // seconds since the epoch
+	Shipped bool  // the layer is one of the result's
 }
 
 // State is what happened to a vertex.

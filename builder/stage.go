@@ -78,7 +78,7 @@ func (b *build) run(ctx context.Context) (Result, error) {
 	for _, f := range b.files.all() {
 		err = errors.Join(err, f.Save())
 	}
-	return Result{Images: images, Warnings: walks[0].warnings()}, err
+	return Result{Images: images, Warnings: walks[0].warnings(), Made: b.made.all}, err
 }
 
 // parse reads the Dockerfile for platform p.
@@ -366,11 +366,14 @@ func (w *walk) isFresh(s *dockerfile.Stage) bool {
 	return w.req.NoCache || s.Name != "" && slices.Contains(w.req.NoCacheFilter, s.Name)
 }
 
-// isShipped reports whether the layers of s are in the result.
-func (w *walk) isShipped(s *dockerfile.Stage) bool {
+// isShipped reports whether the layers of s leave the store.
+func (w *walk) isShipped(s *dockerfile.Stage) bool { return w.req.Ships != nil && w.inResult(s) }
+
+// inResult reports whether the layers of s are in the result.
+func (w *walk) inResult(s *dockerfile.Stage) bool {
 	for t := w.target; t != nil; t = t.Base.Stage {
 		if t == s {
-			return w.req.Ships != nil
+			return true
 		}
 	}
 	return false

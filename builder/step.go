@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"sync"
 	"time"
 
 	"github.com/opencontainers/go-digest"
@@ -68,6 +69,7 @@ func (w *walk) try(ctx context.Context, r *stageRun, st dockerfile.Step, v *vert
 		return err
 	}
 	r.add(st, &m.layer, m.created)
+	w.made.add(Made{Key: key, Layer: m.layer, Created: m.created, Shipped: w.inResult(r.stage)})
 	if r.ships {
 		w.ship(m.layer)
 	}
@@ -149,14 +151,15 @@ func (w *walk) remembered(ctx context.Context, key cache.Key, fresh bool, do fun
 	if m, ok := w.recall(key); ok && !fresh {
 		return m, nil
 	}
+	if m, ok := w.recallShared(ctx, key); ok && !fresh {
+		return m, nil
+	}
 	created := w.Now().Unix()
 	l, err := do(ctx, created)
 	if err != nil {
 		return memory{}, err
 	}
-	if err := w.Cache.Put(key, cache.Record{Layer: l.DiffID, Created: created}); err != nil {
-		w.warn("cache: %v", err) // the build is right without it
-	}
+	w.keep(key, cache.Record{Layer: l.DiffID, Created: created})
 	return memory{layer: l, created: created}, nil
 }
 
@@ -175,6 +178,47 @@ func (w *walk) recall(key cache.Key) (memory, bool) {
 	}
 	w.Cache.Touch(key)
 	return memory{layer: l, created: rec.Created, hit: true}, true
+}
+
+// recallShared looks key up in the shared caches and keeps what it finds.
+func (w *walk) recallShared(ctx context.Context, key cache.Key) (memory, bool) {
+	if w.Recall == nil {
+		return memory{}, false
+	}
+	rec, ok := w.Recall(ctx, key)
+	if !ok || !w.Store.Has(layer.Layer{DiffID: rec.Layer}) {
+		return memory{}, false
+	}
+	w.keep(key, rec)
+	return memory{layer: layer.Layer{DiffID: rec.Layer}, created: rec.Created, hit: true}, true
+}
+
+// keep remembers rec under key. The build is right without it.
+func (w *walk) keep(key cache.Key, rec cache.Record) {
+	if err := w.Cache.Put(key, rec); err != nil {
+		w.warn("cache: %v", err)
+	}
+}
+
+// madeList collects what steps made.
+type madeList struct {
+	mu   sync.Mutex
+	all  []Made
+	seen map[cache.Key]int
+}
+
+func (l *madeList) add(m Made) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.seen == nil {
+		l.seen = map[cache.Key]int{}
+	}
+	if i, ok := l.seen[m.Key]; ok {
+		l.all[i].Shipped = l.all[i].Shipped || m.Shipped
+		return
+	}
+	l.seen[m.Key] = len(l.all)
+	l.all = append(l.all, m)
 }
 
 // explain tells who asked what went into a key.
