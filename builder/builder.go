@@ -160,7 +160,8 @@ type build struct {
 	vertices    atomic.Int32
 	bases       *once[baseKey, *image.Image]
 	files       *once[string, *cache.Files] // by directory
-	cacheMounts sync.Map                    // directories of those used by this build
+	made        madeList
+	cacheMounts sync.Map // directories of those used by this build
 }
 
 // vertex is one line of progress.
