@@ -5,7 +5,8 @@
 // listed as insecure. Credentials come from Docker's configuration and its helpers and are never printed.
 //
 // Start at [Open]. registry.go finds out what a reference means, name.go reads references and mirrors,
-// read.go fetches, push.go sends, session.go signs in, retry.go tries again, error.go says what went wrong.
+// read.go fetches, push.go sends, session.go and token.go sign in, retry.go tries again, error.go says what went
+// wrong.
 package registry
 
 import (
@@ -26,6 +27,7 @@ type Client struct {
 	retry *retrying
 
 	mu       sync.Mutex
+	doors    map[string]*door
 	sessions map[sessionKey]*session
 	resolved map[string]*resolution
 	homes    map[string][]string // host@digest: repositories known to hold the blob
@@ -52,6 +54,7 @@ func Open(o Options) *Client {
 	c := &Client{
 		o:        o,
 		plain:    map[string]bool{},
+		doors:    map[string]*door{},
 		sessions: map[sessionKey]*session{},
 		resolved: map[string]*resolution{},
 		homes:    map[string][]string{},

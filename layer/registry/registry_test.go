@@ -10,6 +10,7 @@ import (
 	"log"
 	"net/http"
 	"net/http/httptest"
+	"net/url"
 	"os"
 	"path/filepath"
 	"slices"
@@ -582,37 +583,132 @@ func TestCredentials(t *testing.T) {
 	}
 }
 
-// TestToken signs in with a bearer token whose scope names the repository and the right.
-func TestToken(t *testing.T) {
-	s := serve(t)
-	var scopes []string
-	s.set(func(w http.ResponseWriter, r *http.Request) bool {
-		if r.URL.Path == "/token" {
-			scopes = append(scopes, r.URL.Query()["scope"]...)
-			fmt.Fprintf(w, `{"token":%q}`, strings.Join(r.URL.Query()["scope"], " "))
-			return true
+// tokens makes s want bearer tokens that name the repository and the right; realm serves them.
+func tokens(t *testing.T, s *server, answer func(w http.ResponseWriter, r *http.Request) bool) (scopes *[]string) {
+	t.Helper()
+	scopes = &[]string{}
+	var mu sync.Mutex
+	realm := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if answer != nil && answer(w, r) {
+			return
 		}
+		mu.Lock()
+		*scopes = append(*scopes, r.URL.Query()["scope"]...)
+		mu.Unlock()
+		fmt.Fprintf(w, `{"token":%q}`, strings.Join(r.URL.Query()["scope"], " "))
+	}))
+	t.Cleanup(realm.Close)
+	s.set(func(w http.ResponseWriter, r *http.Request) bool {
 		held := strings.TrimPrefix(r.Header.Get("Authorization"), "Bearer ")
-		right := ":pull"
+		right := "pull"
 		if r.Method != http.MethodGet && r.Method != http.MethodHead {
-			right = ":push,pull"
+			right = "push"
 		}
 		repo, _, _ := strings.Cut(strings.TrimPrefix(r.URL.Path, "/v2/"), "/")
-		ok := repo == "" && held != "" || repo != "" && strings.Contains(held, "repository:"+repo+":") && strings.Contains(held, right[1:])
+		ok := repo == "" && held != "" || repo != "" && strings.Contains(held, "repository:"+repo+":") && strings.Contains(held, right)
 		if !ok {
-			w.Header().Set("WWW-Authenticate", fmt.Sprintf(`Bearer realm="http://%s/token",service="x"`, r.Host))
+			w.Header().Set("WWW-Authenticate", fmt.Sprintf(`Bearer realm="%s/token",service="x"`, realm.URL))
 			w.WriteHeader(http.StatusUnauthorized)
 		}
 		return !ok
 	})
+	return scopes
+}
+
+func TestToken(t *testing.T) {
+	s := serve(t)
+	scopes := tokens(t, s, nil)
 	push(t, open(Options{}), s.host+"/a:1", []byte("layer"))
 	c := open(Options{})
-	scopes = nil
-	if _, err := c.Resolve(t.Context(), s.host+"/a:1"); err != nil {
+	*scopes = nil
+	for range 2 {
+		if _, _, err := c.Manifest(t.Context(), s.host+"/a:1", ""); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if !slices.Equal(*scopes, []string{"repository:a:pull"}) {
+		t.Errorf("two reads ask for %q", *scopes)
+	}
+	// Tokens run out.
+	c.mu.Lock()
+	for _, session := range c.sessions {
+		session.client.Transport.(*signing).token = "stale"
+	}
+	c.mu.Unlock()
+	if _, _, err := c.Manifest(t.Context(), s.host+"/a:1", ""); err != nil {
+		t.Errorf("with a token that ran out: %v", err)
+	}
+}
+
+func TestIdentityToken(t *testing.T) {
+	s := serve(t)
+	var grants []string
+	oauth := true
+	tokens(t, s, func(w http.ResponseWriter, r *http.Request) bool {
+		if r.Method != http.MethodPost {
+			return false
+		}
+		if !oauth {
+			w.WriteHeader(http.StatusMethodNotAllowed)
+			return true
+		}
+		grants = append(grants, r.FormValue("grant_type")+" "+r.FormValue("refresh_token"))
+		fmt.Fprintf(w, `{"access_token":%q}`, r.FormValue("scope"))
+		return true
+	})
+	dir := t.TempDir()
+	config := fmt.Sprintf(`{"auths":{%q:{"identitytoken":"secret"}}}`, s.host)
+	if err := os.WriteFile(filepath.Join(dir, "config.json"), []byte(config), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if !slices.Equal(scopes, []string{"repository:a:pull"}) {
-		t.Errorf("a read asks for %q", scopes)
+	t.Setenv("DOCKER_CONFIG", dir)
+	push(t, open(Options{}), s.host+"/a:1", []byte("layer"))
+	if len(grants) == 0 || grants[0] != "refresh_token secret" {
+		t.Errorf("grants %q", grants)
+	}
+	oauth = false
+	if _, err := open(Options{}).Resolve(t.Context(), s.host+"/a:1"); err != nil {
+		t.Errorf("token server without OAuth2: %v", err)
+	}
+}
+
+func TestTokenServer(t *testing.T) {
+	insecure := map[string]bool{"listed.example": true}
+	s := &signing{clear: func(h string) bool { return insecure[h] || loopback(h) }}
+	for _, tt := range []struct {
+		registry, realm string
+		ok              bool
+	}{
+		{"r.example", "https://auth.example/token", true},
+		{"r.example", "http://auth.example/token", false},
+		{"r.example", "http://listed.example/token", true},
+		{"r.example", "ftp://auth.example/token", false},
+		{"r.example", "http://127.0.0.1:80/", false},
+		{"r.example", "https://169.254.169.254/", false},
+		{"r.example", "https://10.0.0.1/", false},
+		{"127.0.0.1:5000", "http://127.0.0.1:5001/token", true},
+		{"10.0.0.1", "https://10.0.0.2/token", true},
+		{"10.0.0.1", "http://10.0.0.1/token", false},
+	} {
+		s.host = tt.registry
+		u, err := url.Parse(tt.realm)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := s.trusted(u); (err == nil) != tt.ok {
+			t.Errorf("%s sends us to %s: %v", tt.registry, tt.realm, err)
+		}
+	}
+	srv := serve(t)
+	for body, want := range map[string]string{`{}`: "no token", `<html>`: "no token"} {
+		tokens(t, srv, func(w http.ResponseWriter, r *http.Request) bool { _, _ = io.WriteString(w, body); return true })
+		if _, err := open(Options{}).Resolve(t.Context(), srv.host+"/a:1"); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("token server says %s: %v", body, err)
+		}
+	}
+	tokens(t, srv, func(w http.ResponseWriter, r *http.Request) bool { w.WriteHeader(http.StatusUnauthorized); return true })
+	if _, err := open(Options{}).Resolve(t.Context(), srv.host+"/a:1"); !Is(err, Unauthorized) {
+		t.Errorf("token server refuses: %v", err)
 	}
 }
 

@@ -23,8 +23,17 @@ type sessionKey struct {
 type session struct {
 	mu     sync.Mutex
 	client *http.Client
-	base   string // https://HOST/v2/
+	base   string // SCHEME://HOST/v2/
 	hint   error  // why there are no credentials although some are configured
+}
+
+// door is how a host wants to be spoken to, found out once.
+type door struct {
+	mu     sync.Mutex
+	known  bool
+	host   string // as the registry is called on the network: docker.io has another name there
+	scheme string
+	wants  *transport.Challenge
 }
 
 // session returns the signed-in client for a right, signing in if need be.
@@ -49,23 +58,65 @@ func (c *Client) session(ctx context.Context, k sessionKey) (*session, error) {
 }
 
 func (c *Client) signIn(ctx context.Context, k sessionKey, s *session) error {
-	opts := []ggcr.Option{ggcr.WeakValidation}
-	if c.retry.clear(k.host) {
-		opts = append(opts, ggcr.Insecure)
-	}
-	reg, err := ggcr.NewRegistry(k.host, opts...)
+	d, err := c.door(ctx, k.host)
 	if err != nil {
 		return err
 	}
-	auth, hint := credentials(ctx, reg.RegistryStr(), k.repo)
-	rt, err := transport.NewWithContext(ctx, reg, auth, transport.NewUserAgent(c.retry, c.o.UserAgent), k.scopes())
+	auth, hint := credentials(ctx, d.host, k.repo)
+	config, err := authn.Authorization(ctx, auth)
 	if err != nil {
-		return withHint(err, hint)
+		config, hint = &authn.AuthConfig{}, err
 	}
-	s.client = &http.Client{Transport: rt}
-	s.base = "https://" + reg.RegistryStr() + "/v2/" // the transport corrects the scheme
+	signed := &signing{
+		next:   c.retry,
+		host:   d.host,
+		scheme: d.scheme,
+		auth:   *config,
+		agent:  c.o.UserAgent,
+		clear:  c.retry.clear,
+		scopes: k.scopes(),
+	}
+	if strings.EqualFold(d.wants.Scheme, "bearer") {
+		signed.realm, signed.service = d.wants.Parameters["realm"], d.wants.Parameters["service"]
+	}
+	s.client = &http.Client{Transport: signed}
+	s.base = d.scheme + "://" + d.host + "/v2/"
 	s.hint = hint
 	return nil
+}
+
+// door asks a host how it wants to be spoken to: encrypted, unless it only understands plain http and may.
+func (c *Client) door(ctx context.Context, host string) (*door, error) {
+	c.mu.Lock()
+	d := c.doors[host]
+	if d == nil {
+		d = &door{}
+		c.doors[host] = d
+	}
+	c.mu.Unlock()
+
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.known {
+		return d, nil
+	}
+	opts := []ggcr.Option{ggcr.WeakValidation}
+	if c.retry.clear(host) {
+		opts = append(opts, ggcr.Insecure)
+	}
+	reg, err := ggcr.NewRegistry(host, opts...)
+	if err != nil {
+		return nil, err
+	}
+	wants, err := transport.Ping(ctx, reg, transport.NewUserAgent(c.retry, c.o.UserAgent))
+	if err != nil {
+		return nil, err
+	}
+	d.host, d.scheme, d.wants, d.known = reg.RegistryStr(), "https", wants, true
+	if wants.Insecure {
+		d.scheme = "http"
+	}
+	return d, nil
 }
 
 func (k sessionKey) scopes() []string {
