@@ -58,7 +58,7 @@ func (a *app) runBuild(cmd *cobra.Command, f *buildFlags, ref string) error {
 	if err != nil {
 		return wrong(err)
 	}
-	outputs, err := f.results.parse(len(req.Platforms))
+	outputs, err := f.results.parse(len(req.Platforms), a.data())
 	if err != nil {
 		return wrong(err)
 	}

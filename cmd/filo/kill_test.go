@@ -2,10 +2,12 @@ package main
 
 import (
 	"bufio"
+	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 )
 
 // TestKill kills a build in the middle of a step, twice with a signal that cannot be caught and once with one that
@@ -26,8 +28,9 @@ func TestKill(t *testing.T) {
 		return []string{"build", "--progress", "plain", "-o", "type=oci,tar=false,dest=" + filepath.Join(dir, name), dir}
 	}
 	env := []string{"FILO_REGISTRY_MIRRORS=docker.io=" + host, "DOCKER_CONFIG=" + dir}
+	nap := fmt.Sprint(100000 + os.Getpid()) // tells our sleeping process from all others
 	for _, end := range []string{"KILL", "KILL", "INT"} {
-		write("echo half > /half && echo rea''dy && sleep 1000")
+		write("echo half > /half && echo rea''dy && sleep " + nap)
 		cmd := filo(state, build("dead")...)
 		cmd.Env = append(cmd.Env, env...)
 		out, err := cmd.StderrPipe()
@@ -60,6 +63,7 @@ func TestKill(t *testing.T) {
 		if _, err := os.Stat(filepath.Join(dir, "dead")); err == nil {
 			t.Fatal("a killed build has written its output")
 		}
+		awaitEnd(t, "sleep\x00"+nap)
 	}
 	write("test -e /first && ls / && echo done > /second")
 	var logs []string
@@ -82,4 +86,24 @@ func TestKill(t *testing.T) {
 	if err != nil || len(left) > 0 {
 		t.Errorf("left in tmp: %v, %v", left, err)
 	}
+}
+
+// awaitEnd waits until no process has text in its command line: the kernel ends what a killed parent leaves in its own
+// time.
+func awaitEnd(t *testing.T, text string) {
+	t.Helper()
+	for range 500 {
+		found := ""
+		all, _ := filepath.Glob("/proc/[0-9]*/cmdline")
+		for _, p := range all {
+			if b, err := os.ReadFile(p); err == nil && strings.Contains(string(b), text) {
+				found = p
+			}
+		}
+		if found == "" {
+			return
+		}
+		time.Sleep(20 * time.Millisecond)
+	}
+	t.Errorf("a process of the killed build is still there: %q", text)
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"io"
 	"maps"
 	"slices"
 	"strings"
@@ -19,8 +20,9 @@ import (
 
 type timestamp = time.Time
 
-// parse turns -o, --push, --load, -t and --annotation into the outputs of a build for so many platforms.
-func (f *resultFlags) parse(platforms int) ([]export.Output, error) {
+// parse turns -o, --push, --load, -t and --annotation into the outputs of a build for so many platforms. stdout is
+// where an output without a file goes; nil refuses one.
+func (f *resultFlags) parse(platforms int, stdout io.Writer) ([]export.Output, error) {
 	names, err := f.names()
 	if err != nil {
 		return nil, err
@@ -41,23 +43,17 @@ func (f *resultFlags) parse(platforms int) ([]export.Output, error) {
 		outputs = pushed(outputs)
 	}
 	for i := range outputs {
-		if err := f.annotate(&outputs[i]); err != nil {
+		o := &outputs[i]
+		if err := f.annotate(o); err != nil {
 			return nil, err
 		}
-	}
-	for _, o := range outputs {
-		o.Stdout = discard{} // where it goes is checked when it is known
+		o.Stdout = stdout
 		if err := o.Check(names, max(platforms, 1)); err != nil {
 			return nil, err
 		}
 	}
 	return outputs, nil
 }
-
-// discard stands for any standard output.
-type discard struct{}
-
-func (discard) Write(p []byte) (int, error) { return len(p), nil }
 
 func parseOutputs(specs []string) ([]export.Output, error) {
 	var out []export.Output
@@ -122,9 +118,6 @@ func (j *job) export(ctx context.Context, r builder.Result) ([]export.Exported, 
 	res := export.Result{Images: r.Images, Names: names, Index: j.req.MultiPlatform, Epoch: j.req.Epoch}
 	var all []export.Exported
 	for _, o := range j.outputs {
-		if !isTerminal(j.stdout) {
-			o.Stdout = j.stdout
-		}
 		err := j.task(titles[o.Type], func(say func(string)) error {
 			x, err := export.Write(ctx, j.exporter(say), o, res)
 			all = append(all, x)

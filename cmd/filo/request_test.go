@@ -1,6 +1,7 @@
 package main
 
 import (
+	"io"
 	"os"
 	"path/filepath"
 	"slices"
@@ -188,7 +189,7 @@ func TestOutputs(t *testing.T) {
 	}
 	for _, tt := range tests {
 		f := parseFlags(t, tt.args...)
-		all, err := f.results.parse(1)
+		all, err := f.results.parse(1, io.Discard)
 		if err != nil {
 			t.Errorf("%q: %v", tt.args, err)
 			continue
@@ -207,7 +208,7 @@ func TestOutputs(t *testing.T) {
 			t.Errorf("%q: outputs %q, want %q", tt.args, got, tt.want)
 		}
 	}
-	if _, err := parseFlags(t, "--push").results.parse(1); err == nil || !strings.Contains(err.Error(), "tag is needed") {
+	if _, err := parseFlags(t, "--push").results.parse(1, io.Discard); err == nil || !strings.Contains(err.Error(), "tag is needed") {
 		t.Errorf("--push without a tag: %v", err)
 	}
 }

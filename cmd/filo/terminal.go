@@ -24,8 +24,13 @@ func terminalSize(w io.Writer) func() (width, height int) {
 	}
 }
 
-// isTerminal reports whether w is a terminal.
-func isTerminal(w io.Writer) bool { return terminalSize(w) != nil }
+// data returns standard output as a place for data, nil if it is a terminal.
+func (w world) data() io.Writer {
+	if terminalSize(w.stdout) != nil {
+		return nil
+	}
+	return w.stdout
+}
 
 // ticker calls f again and again until the returned function is called, which waits for a running f.
 func ticker(every time.Duration, f func()) func() {

@@ -60,10 +60,9 @@ type piece struct {
 }
 
 type redir struct {
-	op   string // "<", ">", ">>", "2>", "2>>"
-	to   word
-	dup  bool // to names a descriptor: 2>&1, >&2
-	done bool
+	op  string // "<", ">", ">>", "2>", "2>>"
+	to  word
+	dup bool // to names a descriptor: 2>&1, >&2
 }
 
 // parse cuts a script into commands.
