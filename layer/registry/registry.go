@@ -12,6 +12,7 @@ package registry
 import (
 	"context"
 	"net/http"
+	"strings"
 	"sync"
 	"time"
 
@@ -184,9 +185,7 @@ var manifestTypes = []string{
 }
 
 func accept(req *http.Request) {
-	for _, t := range manifestTypes {
-		req.Header.Add("Accept", t)
-	}
+	req.Header.Set("Accept", strings.Join(manifestTypes, ", ")) // one header: proxies lose repeated ones
 }
 
 // Trusting returns a client with the same options that also lets the hosts of the given references use plain
