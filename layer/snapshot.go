@@ -24,7 +24,7 @@ func (s *Store) Snapshot(ctx context.Context, o *Overlay, sinks Sinks) (Layer, e
 		return Layer{}, fmt.Errorf("snapshot: %w", err)
 	}
 	defer root.Close()
-	w := &walker{ctx: ctx, root: root, lower: o.below, stubs: o.stubs, trees: o.Lower, single: s.single}
+	w := &walker{ctx: ctx, root: root, lower: o.entry, below: o, single: s.single}
 	top, err := w.walk()
 	if err != nil {
 		return Layer{}, fmt.Errorf("snapshot: %w", err)
@@ -39,13 +39,34 @@ func (s *Store) Snapshot(ctx context.Context, o *Overlay, sinks Sinks) (Layer, e
 	return l, nil
 }
 
-// below is what the lower directories show at p.
-func (o *Overlay) below(p string) (*Entry, bool) {
+// entry is what the lower directories show at p.
+func (o *Overlay) entry(p string) (*Entry, bool) {
 	if e, ok := o.view.Entry(p); ok {
 		return e, true
 	}
 	e, ok := o.stubs[p]
 	return &e, ok
+}
+
+// isStub says whether what the lower directories show at p is in no layer.
+func (o *Overlay) isStub(p string) bool {
+	_, ok := o.stubs[p]
+	return ok
+}
+
+// nsec is the fraction of the mtime of the lower file at p.
+func (o *Overlay) nsec(p string) (int64, bool) {
+	_, i, ok := o.view.lookup(p)
+	if !ok || i < 0 {
+		return 0, false
+	}
+	root, err := rootfs.Open(o.view.store.treePath(o.view.layers[i]))
+	if err != nil {
+		return 0, false
+	}
+	defer root.Close()
+	st, err := root.Lstat(p)
+	return st.Nsec, err == nil
 }
 
 // linkUp makes names of one file that changed hard links of the first of them. Names that did not change are not in the

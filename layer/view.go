@@ -264,9 +264,9 @@ func (v *View) children(dir string) []*Entry {
 			case e.Type == Whiteout:
 				seen[e.Path] = nil
 			default:
+				seen[e.Path] = nil
 				if e, ok := v.inode(e, i); ok {
 					list = append(list, &e)
-					seen[e.Path] = nil
 					if e.Implied {
 						seen[e.Path] = &e
 					}

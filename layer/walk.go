@@ -47,8 +47,7 @@ type walker struct {
 	ctx    context.Context
 	root   *rootfs.Root // the upper
 	lower  func(path string) (*Entry, bool)
-	stubs  map[string]Entry // what lower shows that is in no layer
-	trees  []string         // the lower directories, highest first
+	below  *Overlay // where lower looks; nil if it never finds anything
 	single bool
 	group  errgroup.Group
 
@@ -198,7 +197,7 @@ func layerXattr(key string) bool {
 func (w *walker) compare(n *node) {
 	l, ok := w.lower(n.Path)
 	if n.Type == Whiteout {
-		if _, stub := w.stubs[n.Path]; stub || !ok {
+		if !ok || w.below.isStub(n.Path) {
 			n.verdict = void
 		}
 		return
@@ -210,7 +209,7 @@ func (w *walker) compare(n *node) {
 			n.UID, n.GID = l.UID, l.GID
 		}
 	}
-	if !alike || !sameAttributes(&n.Entry, l) {
+	if !alike || !sameAttributes(&n.Entry, l) || n.Type == Regular && !w.untouched(n) {
 		return
 	}
 	if n.Type == Regular && n.Size > 0 {
@@ -243,7 +242,7 @@ func (w *walker) settle(d doubt) error {
 	if _, err := io.Copy(h, f); err != nil {
 		return fmt.Errorf("read %s: %w", d.node.Path, err)
 	}
-	if "sha256:"+hex.EncodeToString(h.Sum(nil)) == string(d.lower) && w.untouched(d.node) {
+	if "sha256:"+hex.EncodeToString(h.Sum(nil)) == string(d.lower) {
 		d.node.verdict = same
 	}
 	return nil
@@ -252,18 +251,8 @@ func (w *walker) settle(d doubt) error {
 // untouched compares the fraction of the mtime, which layers do not carry, with that of the unpacked file below: a
 // copied-up file keeps it, one that was written again within the same second does not.
 func (w *walker) untouched(n *node) bool {
-	for _, tree := range w.trees {
-		root, err := rootfs.Open(tree)
-		if err != nil {
-			continue
-		}
-		st, err := root.Lstat(n.Path)
-		root.Close()
-		if err == nil {
-			return st.Nsec == n.nsec
-		}
-	}
-	return true
+	nsec, ok := w.below.nsec(n.Path)
+	return !ok || nsec == n.nsec
 }
 
 func (w *walker) open(n *node) (*os.File, error) {
