@@ -94,8 +94,8 @@ func (c *Client) mount(ctx context.Context, e endpoint, d digest.Digest, from st
 	if err != nil {
 		return false
 	}
-	q := url.Values{"mount": {d.String()}, "from": {from}}
-	req, err := http.NewRequestWithContext(ctx, http.MethodPost, s.base+e.repo+"/blobs/uploads/?"+q.Encode(), nil)
+	at := s.base + e.repo + "/blobs/uploads/?mount=" + d.String() + "&from=" + from // neither has what needs escaping
+	req, err := http.NewRequestWithContext(ctx, http.MethodPost, at, nil)
 	if err != nil {
 		return false
 	}
