@@ -71,6 +71,10 @@ func (a *annotations) add(attr, v string) error {
 	return nil
 }
 
+func (a annotations) none() bool {
+	return len(a.index)+len(a.indexDescriptor)+len(a.byPlatform) == 0
+}
+
 func set(m *map[string]string, k, v string) {
 	if *m == nil {
 		*m = map[string]string{}

@@ -262,6 +262,26 @@ func TestCheck(t *testing.T) {
 	}
 }
 
+func TestCompatibilityVersion(t *testing.T) {
+	for spec, docker := range map[string]bool{
+		"type=image,compatibility-version=10":                      true,
+		"type=image,compatibility-version=30":                      false,
+		"type=oci,dest=x,compatibility-version=10":                 false,
+		"type=image,compatibility-version=20,compression=zstd":     false,
+		"type=image,compatibility-version=20,annotation.a=b":       false,
+		"type=image,compatibility-version=20,oci-mediatypes=true":  false,
+		"type=image,compatibility-version=30,oci-mediatypes=false": true,
+	} {
+		o, err := Parse(spec)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if p, err := o.plan(nil); err != nil || p.write.DockerTypes != docker {
+			t.Errorf("%s: docker types %v, %v, want %v", spec, p.write.DockerTypes, err, docker)
+		}
+	}
+}
+
 func TestParseAnnotation(t *testing.T) {
 	for spec, want := range map[string]string{
 		"a.b=c=d":                      "map[annotation-manifest.a.b:c=d]",

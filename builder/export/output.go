@@ -183,6 +183,7 @@ type plan struct {
 	split                    *bool // local, tar
 	remove                   bool
 	src                      string
+	old                      bool // compatibility-version before 30
 }
 
 // plan reads the attributes. Names are only used if there is no attribute name.
@@ -199,6 +200,9 @@ func (o Output) plan(names []string) (plan, error) {
 	}
 	if v, ok := o.Attrs["name"]; ok {
 		names = strings.Split(v, ",")
+	}
+	if _, told := o.Attrs["oci-mediatypes"]; p.old && !told && o.Type != "oci" && o.Attrs["compression"] != "zstd" && p.annotations.none() {
+		p.write.DockerTypes = true
 	}
 	if err := checkCompression(o.Attrs, &p.write); err != nil {
 		return p, err
@@ -253,7 +257,9 @@ func (p *plan) attr(k, v string) error {
 		}
 		p.remove = v == "delete"
 		return nil
-	case "attestation-prefix", "source-date-epoch", "compatibility-version", "context":
+	case "compatibility-version":
+		return p.setVersion(v)
+	case "attestation-prefix", "source-date-epoch", "context":
 		return fmt.Errorf("%s is not supported%s", k, instead[k])
 	}
 	if isAnnotation(k) {
@@ -263,12 +269,21 @@ func (p *plan) attr(k, v string) error {
 	return p.flag(k, v)
 }
 
+// setVersion takes one of BuildKit's versions of the format. What older ones change here is the default of
+// the media types: Docker's, but for type=oci.
+func (p *plan) setVersion(v string) error {
+	if !slices.Contains([]string{"10", "20", "30"}, v) {
+		return fmt.Errorf("compatibility-version=%s: want 10, 20 or 30", v)
+	}
+	p.old = v != "30"
+	return nil
+}
+
 // instead says what to do about attributes of BuildKit's that make no sense here.
 var instead = map[string]string{
-	"source-date-epoch":     ": set SOURCE_DATE_EPOCH",
-	"context":               ": images are loaded into filo's own store",
-	"compatibility-version": ": only the current format is written",
-	"attestation-prefix":    ": there are no attestations in this output",
+	"source-date-epoch":  ": set SOURCE_DATE_EPOCH",
+	"context":            ": images are loaded into filo's own store",
+	"attestation-prefix": ": there are no attestations in this output",
 }
 
 // flag understands an attribute that is true or false.

@@ -104,18 +104,14 @@ func (c *Client) mount(ctx context.Context, e endpoint, d digest.Digest, from st
 		return false
 	}
 	defer resp.Body.Close()
-	if resp.StatusCode == http.StatusAccepted {
-		s.cancel(ctx, resp)
+	if at, err := resp.Location(); err == nil && resp.StatusCode == http.StatusAccepted {
+		s.cancel(ctx, at)
 	}
 	return resp.StatusCode == http.StatusCreated
 }
 
-// cancel gives up an upload that a registry opened instead of mounting, so that it keeps nothing waiting.
-func (s *session) cancel(ctx context.Context, resp *http.Response) {
-	at, err := resp.Location()
-	if err != nil {
-		return
-	}
+// cancel gives up an upload, so that the registry keeps nothing waiting. Not all registries know how.
+func (s *session) cancel(ctx context.Context, at *url.URL) {
 	req, err := http.NewRequestWithContext(ctx, http.MethodDelete, at.String(), nil)
 	if err != nil {
 		return
@@ -215,6 +211,29 @@ func worthResending(err error) bool {
 		return passingStatus(e.Status) || e.Class == Unauthorized && e.Status == http.StatusUnauthorized
 	}
 	return broken(err)
+}
+
+// MayPush says whether a push to the repository of ref would be let in, before there is anything to push: it
+// begins an upload and takes it back.
+func (c *Client) MayPush(ctx context.Context, ref string) error {
+	n, err := parse(ref)
+	if err != nil {
+		return err
+	}
+	return explain(c.mayPush(ctx, n.origin()), n.String())
+}
+
+func (c *Client) mayPush(ctx context.Context, e endpoint) error {
+	s, err := c.session(ctx, sessionKey{host: e.host, repo: e.repo, push: true})
+	if err != nil {
+		return err
+	}
+	at, err := s.begin(ctx, e)
+	if err != nil {
+		return err
+	}
+	s.cancel(ctx, at)
+	return nil
 }
 
 // PushManifest makes ref, a tag or a digest, name a manifest or index. Everything it refers to must be there

@@ -5,8 +5,8 @@
 // listed as insecure. Credentials come from Docker's configuration and its helpers and are never printed.
 //
 // Start at [Open]. registry.go finds out what a reference means, name.go reads references and mirrors,
-// read.go fetches, push.go sends, session.go and token.go sign in, retry.go tries again, error.go says what went
-// wrong.
+// read.go fetches, push.go sends, session.go and token.go sign in, certs.go knows whom to trust, retry.go tries
+// again, error.go says what went wrong.
 package registry
 
 import (
@@ -40,6 +40,7 @@ type Client struct {
 type Options struct {
 	Mirrors   map[string][]string // registry domain: mirrors in the order to ask, each HOST[:PORT][/PATH], see [ParseMirrors]
 	Insecure  []string            // HOST[:PORT] that may use plain http or an unverified certificate
+	Certs     []string            // directories with certificates by host; nil: those of Docker and Podman
 	UserAgent string              // "filo" when empty
 }
 
@@ -51,6 +52,9 @@ const parallel = 4
 func Open(o Options) *Client {
 	if o.UserAgent == "" {
 		o.UserAgent = "filo"
+	}
+	if o.Certs == nil {
+		o.Certs = certDirs
 	}
 	c := &Client{
 		o:        o,
@@ -72,7 +76,7 @@ func Open(o Options) *Client {
 			}
 		}
 	}
-	c.retry = newRetrying(c.plain, 200*time.Millisecond)
+	c.retry = newRetrying(c.plain, o.Certs, 200*time.Millisecond)
 	return c
 }
 

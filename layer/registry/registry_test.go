@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/base64"
+	"encoding/pem"
 	"errors"
 	"fmt"
 	"io"
@@ -470,7 +471,7 @@ func TestNormalize(t *testing.T) {
 }
 
 func TestPlainHTTP(t *testing.T) {
-	rt := newRetrying(map[string]bool{"insecure.example": true}, time.Millisecond)
+	rt := newRetrying(map[string]bool{"insecure.example": true}, nil, time.Millisecond)
 	for host, want := range map[string]bool{
 		"127.0.0.1:5000": true, "127.8.9.1": true, "localhost": true, "localhost:1": true, "[::1]:5000": true, "insecure.example": true,
 		"10.0.0.1:5000": false, "192.168.1.1": false, "172.16.0.1": false, "host.local": false, "localhost.example": false, "127.0.0.1.example": false,
@@ -504,6 +505,41 @@ func TestTLS(t *testing.T) {
 		t.Fatal(err)
 	}
 	push(t, trusting, ref, []byte("layer"))
+
+	certs := t.TempDir()
+	dir := filepath.Join(certs, strings.TrimPrefix(srv.URL, "https://"))
+	if err := os.Mkdir(dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	ca := pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: srv.Certificate().Raw})
+	if err := os.WriteFile(filepath.Join(dir, "ca.crt"), ca, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := open(Options{Certs: []string{certs}}).Resolve(t.Context(), ref); err != nil {
+		t.Errorf("with its authority in %s: %v", dir, err)
+	}
+	if err := os.WriteFile(filepath.Join(dir, "other.crt"), []byte("x"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := open(Options{Certs: []string{certs}}).Resolve(t.Context(), ref); err == nil || !strings.Contains(err.Error(), "other.crt") {
+		t.Errorf("with a damaged authority: %v", err)
+	}
+}
+
+func TestMayPush(t *testing.T) {
+	s := serve(t)
+	if err := open(Options{}).MayPush(t.Context(), s.host+"/a"); err != nil {
+		t.Errorf("MayPush = %v", err)
+	}
+	s.set(func(w http.ResponseWriter, r *http.Request) bool {
+		if r.Method == http.MethodPost {
+			w.WriteHeader(http.StatusForbidden)
+		}
+		return r.Method == http.MethodPost
+	})
+	if err := open(Options{}).MayPush(t.Context(), s.host+"/a"); !Is(err, Denied) {
+		t.Errorf("MayPush where one may not = %v", err)
+	}
 }
 
 // TestCredentials signs in with Docker's configuration, by host and by path, and with a helper, and sees that

@@ -10,6 +10,7 @@ import (
 	"net/http"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 )
 
@@ -25,19 +26,23 @@ const patience = time.Minute
 // retrying is the transport below the signing in: it keeps to https, and sends again what may be sent again.
 // go-containerregistry would choose plain http by itself for private addresses and .local names.
 type retrying struct {
-	strict, lax http.RoundTripper
+	strict, lax *http.Transport
 	plain       map[string]bool
+	certs       []string      // directories with certificates by host
 	base        time.Duration // the first wait
+
+	mu  sync.Mutex
+	own map[string]*http.Transport // by host
 }
 
-func newRetrying(plain map[string]bool, base time.Duration) *retrying {
+func newRetrying(plain map[string]bool, certs []string, base time.Duration) *retrying {
 	strict := http.DefaultTransport.(*http.Transport).Clone()
 	strict.DialContext = (&net.Dialer{Timeout: 10 * time.Second, KeepAlive: 30 * time.Second}).DialContext
 	strict.MaxIdleConnsPerHost = 2 * parallel
 	strict.ResponseHeaderTimeout = 2 * time.Minute
 	lax := strict.Clone()
 	lax.TLSClientConfig = &tls.Config{InsecureSkipVerify: true, MinVersion: tls.VersionTLS12}
-	return &retrying{strict: strict, lax: lax, plain: plain, base: base}
+	return &retrying{strict: strict, lax: lax, plain: plain, certs: certs, base: base, own: map[string]*http.Transport{}}
 }
 
 // RoundTrip implements http.RoundTripper. Requests whose body cannot be had again are sent once.
@@ -45,9 +50,9 @@ func (t *retrying) RoundTrip(req *http.Request) (*http.Response, error) {
 	if req.URL.Scheme != "https" && !t.clear(req.URL.Host) {
 		return nil, errClear
 	}
-	via := t.strict
-	if t.plain[req.URL.Host] {
-		via = t.lax
+	via, err := t.via(req.URL.Host)
+	if err != nil {
+		return nil, err
 	}
 	for try := 1; ; try++ {
 		resp, err := via.RoundTrip(req)
