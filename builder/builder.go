@@ -49,6 +49,7 @@ type Request struct {
 	FileName string            // as errors show it
 	Context  fs.FS             // the build context, ignore file applied; nil is an empty one
 	Root     string            // absolute path of Context if it is a local directory: digests of its files are remembered
+	Modified *int64            // when Context was made, seconds since the epoch, for SOURCE_DATE_EPOCH=context; nil if nobody can tell
 	Ignore   []string          // patterns of the ignore file that Context has applied, for the build checks
 	Named    map[string]Named  // --build-context
 	Open     Opener            // opens what ADD names by URL; nil refuses URLs
@@ -79,17 +80,19 @@ type Request struct {
 
 // Named is the value of a --build-context: exactly one field is set.
 type Named struct {
-	FS    fs.FS                                                               // files
-	Root  string                                                              // of FS, as in Request
-	Image func(ctx context.Context, p ocispec.Platform) (*image.Image, error) // an image: docker-image://, oci-layout://
-	Text  string                                                              // what the user wrote, for progress
+	FS       fs.FS                                                               // files
+	Root     string                                                              // of FS, as in Request
+	Modified *int64                                                              // of FS, as in Request
+	Image    func(ctx context.Context, p ocispec.Platform) (*image.Image, error) // an image: docker-image://, oci-layout://
+	Text     string                                                              // what the user wrote, for progress
 }
 
 // Fetched is the content of a URL.
 type Fetched struct {
 	FS       fs.FS  // one file (http), or a tree (git)
 	Name     string // base name of the one file; "" for a tree
-	Identity string // what names the content in a key: a body's digest, a commit
+	Identity string // what names the content: a body's digest, a commit
+	Modified *int64 // Last-Modified, or the time of the commit; seconds since the epoch, nil if unknown
 	Close    func() error
 }
 
@@ -148,7 +151,7 @@ func (b *Builder) Build(ctx context.Context, req Request) (Result, error) {
 	if jobs == 0 {
 		jobs = runtime.GOMAXPROCS(0)
 	}
-	bd := &build{Builder: b, req: req, jobs: semaphore.NewWeighted(int64(jobs)), bases: newOnce[baseKey, *image.Image](), files: newOnce[string, *cache.Files]()}
+	bd := &build{Builder: b, req: req, jobs: semaphore.NewWeighted(int64(jobs)), bases: newOnce[baseKey, *image.Image](), files: newOnce[string, *cache.Files](), steps: newOnce[cache.Key, memory]()}
 	return bd.run(ctx)
 }
 
@@ -160,6 +163,7 @@ type build struct {
 	vertices    atomic.Int32
 	bases       *once[baseKey, *image.Image]
 	files       *once[string, *cache.Files] // by directory
+	steps       *once[cache.Key, memory]    // what steps made in this build
 	made        madeList
 	cacheMounts sync.Map // directories of those used by this build
 }

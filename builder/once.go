@@ -44,12 +44,30 @@ func (o *once[K, V]) do(ctx context.Context, k K, f func() (V, error)) (V, error
 	}
 }
 
-// all returns the results that are there and no errors. Nothing may be running.
+// forget lets the next caller for k run again what failed.
+func (o *once[K, V]) forget(k K) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if r, ok := o.results[k]; ok {
+		select {
+		case <-r.done:
+			delete(o.results, k)
+		default: // somebody tries again already
+		}
+	}
+}
+
+// all returns the results that are there and no errors.
 func (o *once[K, V]) all() []V {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	var out []V
 	for _, r := range o.results {
+		select {
+		case <-r.done:
+		default:
+			continue
+		}
 		if r.err == nil {
 			out = append(out, r.v)
 		}

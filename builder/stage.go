@@ -45,12 +45,13 @@ type stageRun struct {
 	fresh    bool // steps are done whatever the cache has
 	ships    bool // its layers are the result's
 	steps    []dockerfile.Step
-	next     int    // index of the step being done
-	prefix   string // platform before the stage's name, in vertices
-	label    string // name of the stage in vertices; "" for the only one
-	base     string // title of the vertex of the base; "" where there is none
-	index    int    // number of the last vertex
-	total    int    // how many vertices the stage has
+	warnings []dockerfile.Warning // about the base
+	next     int                  // index of the step being done
+	prefix   string               // platform before the stage's name, in vertices
+	label    string               // name of the stage in vertices; "" for the only one
+	base     string               // title of the vertex of the base; "" where there is none
+	index    int                  // number of the last vertex
+	total    int                  // how many vertices the stage has
 }
 
 // run builds every platform and waits for all.
@@ -64,9 +65,12 @@ func (b *build) run(ctx context.Context) (Result, error) {
 	g, gctx := errgroup.WithContext(ctx)
 	for i, p := range wanted {
 		var err error
-		if walks[i], err = b.parse(p); err != nil {
+		if walks[i], err = b.parse(ctx, p); err != nil {
 			return Result{}, err
 		}
+	}
+	for _, note := range walks[0].file.Notes {
+		b.warn("%s", note)
 	}
 	for i, w := range walks {
 		g.Go(func() (err error) {
@@ -81,13 +85,22 @@ func (b *build) run(ctx context.Context) (Result, error) {
 	return Result{Images: images, Warnings: walks[0].warnings(), Made: b.made.all}, err
 }
 
-// parse reads the Dockerfile for platform p.
-func (b *build) parse(p ocispec.Platform) (*walk, error) {
-	f, err := dockerfile.Parse(bytes.NewReader(b.req.File), dockerfile.Args{
-		Name: b.req.FileName, Build: b.req.Args, Labels: b.req.Labels, Target: b.req.Target, Epoch: b.req.Epoch,
-		BuildPlatform: platforms.Normalize(platforms.DefaultSpec()), TargetPlatform: p, Contexts: sortedKeys(b.req.Named),
-		Ignore: b.req.Ignore,
-	})
+// parse reads the Dockerfile for platform p. If it or the caller says that SOURCE_DATE_EPOCH is the time of something,
+// it is read again once that is known.
+func (b *build) parse(ctx context.Context, p ocispec.Platform) (*walk, error) {
+	read := func() (*dockerfile.File, error) {
+		return dockerfile.Parse(bytes.NewReader(b.req.File), dockerfile.Args{
+			Name: b.req.FileName, Build: b.req.Args, Labels: b.req.Labels, Target: b.req.Target, Epoch: b.req.Epoch,
+			BuildPlatform: platforms.Normalize(platforms.DefaultSpec()), TargetPlatform: p, Contexts: sortedKeys(b.req.Named),
+			Ignore: b.req.Ignore,
+		})
+	}
+	f, err := read()
+	if err == nil && f.EpochFrom != nil {
+		if b.req.Epoch, err = b.epoch(ctx, f, p); err == nil {
+			f, err = read()
+		}
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -95,6 +108,47 @@ func (b *build) parse(p ocispec.Platform) (*walk, error) {
 		b.req.Epoch = f.Epoch
 	}
 	return &walk{build: b, platform: p, file: f, stages: newOnce[*dockerfile.Stage, *stageRun]()}, nil
+}
+
+// epoch finds the time that SOURCE_DATE_EPOCH names.
+func (b *build) epoch(ctx context.Context, f *dockerfile.File, p ocispec.Platform) (*int64, error) {
+	from := *f.EpochFrom
+	t := b.req.Modified
+	switch {
+	case from.Stage != nil:
+		steps, err := from.Stage.Steps(dockerfile.Config{}, p)
+		if err != nil {
+			return nil, err
+		}
+		if t, err = b.modified(ctx, steps); err != nil {
+			return nil, from.Stage.Locate(err)
+		}
+	case from.Name != "":
+		t = b.req.Named[from.Name].Modified
+	}
+	if t == nil {
+		return nil, errors.New("SOURCE_DATE_EPOCH: what it names has no time of its own; name a git repository or a URL, or give seconds")
+	}
+	return t, nil
+}
+
+// modified returns the time of what the one ADD of steps fetches.
+func (b *build) modified(ctx context.Context, steps []dockerfile.Step) (*int64, error) {
+	for _, st := range steps {
+		op, ok := st.Op.(*dockerfile.Copy)
+		if !ok || b.req.Open == nil {
+			continue
+		}
+		got, err := b.req.Open(ctx, op.Sources[0].URL, op.Checksum, op.KeepGitDir)
+		if err != nil {
+			return nil, err
+		}
+		if got.Close != nil {
+			err = got.Close()
+		}
+		return got.Modified, err
+	}
+	return nil, nil
 }
 
 // result builds the target with all it needs, each stage as soon as what it needs is there.
@@ -165,6 +219,7 @@ func (w *walk) check(ctx context.Context, stages []*dockerfile.Stage) error {
 func (w *walk) warnings() []dockerfile.Warning {
 	out := slices.Clone(w.file.Warnings)
 	for _, r := range w.stages.all() {
+		out = append(out, r.warnings...)
 		for _, st := range r.steps {
 			out = append(out, st.Warnings...)
 		}
@@ -251,6 +306,12 @@ func (w *walk) fromImage(ctx context.Context, s *dockerfile.Stage, r *stageRun) 
 	r.layers, r.history, r.created = img.Layers, img.Config.History, img.Config.Created
 	r.osFields.OSVersion, r.osFields.OSFeatures = img.Config.OSVersion, img.Config.OSFeatures
 	r.osFields.OS, r.osFields.Architecture, r.osFields.Variant = img.Config.OS, img.Config.Architecture, img.Config.Variant
+	if img.WrongPlatform {
+		r.warnings = s.CheckPlatform(r.platform, image.Platform(img.Config))
+	}
+	if img.Stale != nil {
+		w.warn("%s: what was found last is used: %v", familiar(s.Base.Name), img.Stale)
+	}
 	r.base = s.Title()
 	if img.Digest != "" {
 		r.base += "@" + img.Digest.String()

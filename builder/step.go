@@ -32,25 +32,23 @@ func (w *walk) step(ctx context.Context, r *stageRun, st dockerfile.Step) error 
 		r.add(st, nil, 0)
 		return nil
 	}
-	v := w.start("%s", r.vertexName(st.Text))
-	err := w.try(ctx, r, st, v)
+	name := r.vertexName(st.Text)
+	err := w.try(ctx, r, st, name)
 	if errors.Is(err, layer.ErrChanged) {
-		err = w.try(ctx, r, st, v)
+		err = w.try(ctx, r, st, name)
 	}
 	if errors.Is(err, layer.ErrChanged) {
 		err = fmt.Errorf("%w: files changed while the build read them, twice: build again when nothing writes to the context", err)
 	}
-	if err != nil {
-		return v.end(ctx, w.file.Locate(st, err))
-	}
-	return nil
+	return w.file.Locate(st, err)
 }
 
-// try keys a step, gets its layer or does it, and puts it on the stage.
-func (w *walk) try(ctx context.Context, r *stageRun, st dockerfile.Step, v *vertex) error {
+// try keys a step, gets its layer or does it, and puts it on the stage. Steps of one build with the same key are one
+// vertex.
+func (w *walk) try(ctx context.Context, r *stageRun, st dockerfile.Step, name string) error {
 	t, err := w.prepared(ctx, r, st)
 	if err != nil {
-		return err
+		return w.start("%s", name).end(ctx, w.file.Locate(st, err))
 	}
 	defer t.close()
 	inputs := t.inputs
@@ -61,11 +59,22 @@ func (w *walk) try(ctx context.Context, r *stageRun, st dockerfile.Step, v *vert
 	if err != nil {
 		return err
 	}
-	w.explain(v, key, t.op, inputs)
-	m, err := w.remembered(ctx, key, r.fresh, func(ctx context.Context, created int64) (layer.Layer, error) {
-		return t.do(ctx, v, created)
+	if w.req.Explain != nil {
+		w.req.Explain(name, fmt.Sprintf("%s %+v %v", key, t.op, inputs))
+	}
+	m, err := w.steps.do(ctx, key, func() (memory, error) {
+		v := w.start("%s", name)
+		m, err := w.remembered(ctx, key, r.fresh, func(ctx context.Context, created int64) (layer.Layer, error) {
+			return t.do(ctx, v, created)
+		})
+		if err == nil && m.hit {
+			v.emit(Event{State: Cached})
+			return m, nil
+		}
+		return m, v.end(ctx, w.file.Locate(st, err))
 	})
 	if err != nil {
+		w.steps.forget(key) // it may be tried again
 		return err
 	}
 	r.add(st, &m.layer, m.created)
@@ -73,11 +82,7 @@ func (w *walk) try(ctx context.Context, r *stageRun, st dockerfile.Step, v *vert
 	if r.ships {
 		w.ship(m.layer)
 	}
-	if m.hit {
-		v.emit(Event{State: Cached})
-		return nil
-	}
-	return v.end(ctx, nil)
+	return nil
 }
 
 // prepared finds all that a step reads.
@@ -117,9 +122,8 @@ func (w *walk) preparedRun(ctx context.Context, r *stageRun, op *dockerfile.Run)
 	if err != nil {
 		return task{}, err
 	}
-	var inputs []digest.Digest
 	below := r.layers
-	return task{op: w.runKey(run, r.platformName()), inputs: inputs, close: func() error { return nil },
+	return task{op: w.runKey(run, r.platformName()), close: func() error { return nil },
 		do: func(ctx context.Context, v *vertex, created int64) (layer.Layer, error) {
 			return w.run(ctx, v, run, below)
 		}}, nil
@@ -141,7 +145,7 @@ type memory struct {
 // in this process or others, one makes it. fresh makes it in any case.
 func (w *walk) remembered(ctx context.Context, key cache.Key, fresh bool, do func(context.Context, int64) (layer.Layer, error)) (memory, error) {
 	if m, ok := w.recall(key); ok && !fresh {
-		return m, nil
+		return m, w.verify(ctx, m, do)
 	}
 	unlock, err := w.Store.Lock(ctx, "step-"+digest.Digest(key).Encoded())
 	if err != nil {
@@ -161,6 +165,26 @@ func (w *walk) remembered(ctx context.Context, key cache.Key, fresh bool, do fun
 	}
 	w.keep(key, cache.Record{Layer: l.DiffID, Created: created})
 	return memory{layer: l, created: created}, nil
+}
+
+// verify does a hit again, if the build asks for that, and compares. What a RUN makes may well depend on more than its
+// key holds, so a difference is told and no error.
+func (w *walk) verify(ctx context.Context, m memory, do func(context.Context, int64) (layer.Layer, error)) error {
+	if !w.req.Verify {
+		return nil
+	}
+	l, err := do(ctx, m.created)
+	if err != nil {
+		return fmt.Errorf("verify: the cache has a layer, but doing the step again: %w", err)
+	}
+	at, err := w.Store.Difference(ctx, m.layer, l)
+	if err != nil {
+		return err
+	}
+	if at != "" {
+		w.warn("verify: the cached layer %s and that of doing the step again, %s, differ at /%s", m.layer.DiffID, l.DiffID, at)
+	}
+	return nil
 }
 
 // recall looks key up. Whatever is wrong with a record or its layer makes it a miss.
@@ -219,13 +243,6 @@ func (l *madeList) add(m Made) {
 	}
 	l.seen[m.Key] = len(l.all)
 	l.all = append(l.all, m)
-}
-
-// explain tells who asked what went into a key.
-func (w *walk) explain(v *vertex, key cache.Key, op any, inputs []digest.Digest) {
-	if w.req.Explain != nil {
-		w.req.Explain(v.name, fmt.Sprintf("%s %+v %v", key, op, inputs))
-	}
 }
 
 // add puts what a step did on the stage: its config, its history entry and, if it made one, its layer.

@@ -29,6 +29,7 @@ func (j *job) read(ctx context.Context, ref string) error {
 	o := source.Options{
 		Stdin: j.stdin, Temp: temp, UserAgent: "filo/" + version(), Epoch: j.req.Epoch, Secret: j.secret,
 		KeepGitDir: truthy(j.req.Args["BUILDKIT_CONTEXT_KEEP_GIT_DIR"]), SSHAuthSock: j.getenv("SSH_AUTH_SOCK"),
+		Keep: filepath.Join(j.store.Dir(), "sources", "http"),
 	}
 	src, err := source.Open(ctx, ref, o)
 	if err != nil {
@@ -40,10 +41,7 @@ func (j *job) read(ctx context.Context, ref string) error {
 		return err
 	}
 	j.req.File, j.req.FileName = d.text, path.Base(d.name)
-	j.req.Context, j.req.Root = src.FS, src.Root
-	if j.req.Args["SOURCE_DATE_EPOCH"] == "context" && src.Modified != nil {
-		j.req.Epoch = src.Modified
-	}
+	j.req.Context, j.req.Root, j.req.Modified = src.FS, src.Root, src.Modified
 	if src.Local {
 		if j.req.Context, err = j.ignore(src.FS, d); err != nil {
 			return err
@@ -54,7 +52,7 @@ func (j *job) read(ctx context.Context, ref string) error {
 	}
 	j.req.Open = func(ctx context.Context, url, checksum string, keepGit *bool) (builder.Fetched, error) {
 		f, err := source.Fetch(ctx, url, checksum, keepGit, o)
-		return builder.Fetched{FS: f.FS, Name: f.Name, Identity: f.Identity, Close: f.Close}, err
+		return builder.Fetched{FS: f.FS, Name: f.Name, Identity: f.Identity, Modified: f.Modified, Close: f.Close}, err
 	}
 	return j.readNamed(ctx, o)
 }

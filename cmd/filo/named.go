@@ -57,7 +57,7 @@ func (j *job) openNamed(ctx context.Context, value string, o source.Options) (bu
 			return builder.Named{}, err
 		}
 	}
-	return builder.Named{FS: fsys, Root: src.Root, Text: value}, nil
+	return builder.Named{FS: fsys, Root: src.Root, Modified: src.Modified, Text: value}, nil
 }
 
 // imageContext is an image of the store or a registry.
