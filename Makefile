@@ -4,11 +4,14 @@ FUZZTIME ?= 20s
 # Checked at these versions; they come from the module proxy.
 STATICCHECK = honnef.co/go/tools/cmd/staticcheck@v0.8.2
 
+# filo is static, and what is tested is what ships.
+export CGO_ENABLED = 0
+
 .PHONY: build test check demo bench fuzz clean
 
 # The static binary ./filo.
 build:
-	CGO_ENABLED=0 $(GO) build -trimpath -ldflags='-s -w' -o filo ./cmd/filo
+	$(GO) build -trimpath -ldflags='-s -w' -o filo ./cmd/filo
 
 test:
 	$(GO) test ./... ./testdata/toybox
