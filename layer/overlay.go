@@ -272,8 +272,8 @@ func (x *index) findImplied() []string {
 	open := "." // the directory we are in: every ancestor of it is accounted for
 	for i := range x.len() {
 		p, t := x.head(i)
-		parent := path.Dir(p)
-		for dir := parent; dir != "." && dir != open && !beneath(open, dir); dir = path.Dir(dir) {
+		parent := parentOf(p)
+		for dir := parent; dir != "." && dir != open && !beneath(open, dir); dir = parentOf(dir) {
 			list = append(list, dir)
 		}
 		if t == Opaque && open != p {
@@ -285,4 +285,12 @@ func (x *index) findImplied() []string {
 		}
 	}
 	return list
+}
+
+// parentOf is path.Dir of a clean path, without cleaning it: this runs for each file of an image.
+func parentOf(p string) string {
+	if i := strings.LastIndexByte(p, '/'); i >= 0 {
+		return p[:i]
+	}
+	return "."
 }

@@ -323,3 +323,14 @@ func TestFindImpliedOpaque(t *testing.T) {
 		}
 	}
 }
+
+func BenchmarkFindImplied(b *testing.B) {
+	s := newStore(b)
+	x, err := s.index(b.Context(), bigLayer(b, s, "base", 300_000))
+	if err != nil {
+		b.Fatal(err)
+	}
+	for b.Loop() {
+		x.findImplied()
+	}
+}

@@ -3,6 +3,7 @@ package layer
 import (
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"slices"
@@ -118,6 +119,7 @@ func base(b box) {
 		b.write(f, "content of "+f)
 	}
 	b.symlink("x", "a/l")
+	b.write("a/empty", "")
 	b.mkdir("tmp")
 	b.chmod("tmp", 0o1777)
 	b.write("h1", "linked")
@@ -139,6 +141,13 @@ func TestSnapshot(t *testing.T) {
 		{"file made and deleted", func(b box) { b.write("tmp/q", "x"); b.rm("tmp/q") }, nil},
 		{"chmod to the same", func(b box) { b.chmod("a/x", 0o644); b.chmod("tmp", 0o1777) }, nil},
 		{"same content written again", func(b box) { b.write("a/x", "content of a/x") }, nil},
+		{"same content written again within the second", func(b box) {
+			for _, p := range []string{"a/x", "a/empty"} {
+				ts := unix.NsecToTimespec(past*1e9 + 5)
+				b.do(unix.UtimesNanoAt(unix.AT_FDCWD, b.at(p), []unix.Timespec{ts, ts}, 0))
+			}
+		}, []string{"d a", "- a/empty", "- a/x"}},
+		{"names of any bytes", func(b box) { b.write("\xff\n", ""); b.write("\\", "") }, []string{"- \\", "- \xff\n"}},
 		{"other content, same size and time", func(b box) { b.write("a/x", "content of a/z") },
 			[]string{"d a", "- a/x"}},
 		{"touch", func(b box) { b.stamp("a/x", past+1) }, []string{"d a", "- a/x"}},
@@ -150,14 +159,14 @@ func TestSnapshot(t *testing.T) {
 			[]string{"d a", "w a/sub", "w a/x", "w a/y"}},
 		{"delete a directory", func(b box) { b.rm("a") }, []string{"w a"}},
 		{"make it again", func(b box) { b.rm("a"); b.mkdir("a"); b.write("a/new", "") },
-			[]string{"d a", "w a/l", "- a/new", "w a/sub", "w a/x", "w a/y"}},
+			[]string{"d a", "w a/empty", "w a/l", "- a/new", "w a/sub", "w a/x", "w a/y"}},
 		{"make it again, deep", func(b box) {
 			b.rm("a")
 			b.mkdir("a")
 			b.mkdir("a/sub")
 			b.write("a/sub/g", "")
 			b.write("a/x", "content of a/x")
-		}, []string{"d a", "w a/l", "d a/sub", "w a/sub/f", "- a/sub/g", "w a/y"}},
+		}, []string{"d a", "w a/empty", "w a/l", "d a/sub", "w a/sub/f", "- a/sub/g", "w a/y"}},
 		{"make it again as it was", func(b box) { b.rm("a"); b.mkdir("a"); b.mkdir("a/sub"); rest(b) }, nil},
 		{"directory becomes link", func(b box) { b.rm("a"); b.symlink("/tmp", "a") }, []string{"l a -> /tmp"}},
 		{"directory becomes file", func(b box) { b.rm("a"); b.write("a", "f") }, []string{"- a"}},
@@ -209,6 +218,7 @@ func rest(b box) {
 	for _, f := range []string{"a/x", "a/y", "a/sub/f"} {
 		b.write(f, "content of "+f)
 	}
+	b.write("a/empty", "")
 	b.symlink("x", "a/l")
 }
 
@@ -311,6 +321,25 @@ func TestSnapshotRefusesWhiteoutNames(t *testing.T) {
 	}
 	if _, err := s.Snapshot(t.Context(), o, Sinks{Tree: true}); err == nil || !strings.Contains(err.Error(), ".wh.q") {
 		t.Errorf("file .wh.q: %v", err)
+	}
+}
+
+func TestSnapshotOfDeepTree(t *testing.T) {
+	s := newStore(t)
+	o := overlayOf(t, s, nil)
+	deep := strings.TrimSuffix(strings.Repeat("d/", 400), "/")
+	if err := os.MkdirAll(filepath.Join(o.Upper, deep), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(o.Upper, deep, "f"), []byte("deep"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	l, err := s.Snapshot(t.Context(), o, Sinks{Tree: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if b, err := fs.ReadFile(viewOf(t, s, l), deep+"/f"); err != nil || string(b) != "deep" {
+		t.Errorf("read 400 directories deep: %q %v", b, err)
 	}
 }
 
