@@ -92,7 +92,7 @@ func (o Output) known() error {
 	}
 	allowed, ok := typeAttrs[o.Type]
 	if !ok {
-		return suggest.WrapError(fmt.Errorf("unknown type %q", o.Type), o.Type, types, true)
+		return suggested(fmt.Errorf("unknown type %q", o.Type), o.Type, types)
 	}
 	if o.Dest != "" && (o.Type == "image" || o.Type == "registry") {
 		return fmt.Errorf("type=%s has no dest", o.Type)
@@ -101,9 +101,17 @@ func (o Output) known() error {
 		if slices.Contains(allowed, k) || o.holdsImage() && strings.HasPrefix(k, "annotation") && isAnnotation(k) {
 			continue
 		}
-		return suggest.WrapError(fmt.Errorf("unknown attribute %q of type=%s", k, o.Type), k, append([]string{"type", "dest"}, allowed...), true)
+		return suggested(fmt.Errorf("unknown attribute %q of type=%s", k, o.Type), k, append([]string{"type", "dest"}, allowed...))
 	}
 	return nil
+}
+
+// suggested adds to an error the option that was probably meant. The distance to a long word takes long.
+func suggested(err error, word string, options []string) error {
+	if len(word) > 100 {
+		return err
+	}
+	return suggest.WrapError(err, word, options, true)
 }
 
 func (o Output) holdsImage() bool { return o.Type != "local" && o.Type != "tar" }
@@ -340,7 +348,7 @@ func checkCompression(attrs map[string]string, w *image.WriteOptions) error {
 	}
 	top, ok := maxLevel[alg]
 	if !ok {
-		return suggest.WrapError(fmt.Errorf("unknown compression %q", alg), alg, slices.Sorted(maps.Keys(maxLevel)), true)
+		return suggested(fmt.Errorf("unknown compression %q", alg), alg, slices.Sorted(maps.Keys(maxLevel)))
 	}
 	if alg == "zstd" && w.DockerTypes {
 		return errors.New("compression=zstd conflicts with oci-mediatypes=false")
