@@ -278,12 +278,21 @@ func TestOverlayImpliedDirectories(t *testing.T) {
 		t.Fatalf("lowers: %v, want a stub", o.Lower)
 	}
 	var got []string
-	filepath.WalkDir(o.Lower[0], func(p string, d fs.DirEntry, err error) error {
-		info, _ := d.Info()
-		rel, _ := filepath.Rel(o.Lower[0], p)
+	err := filepath.WalkDir(o.Lower[0], func(p string, d fs.DirEntry, err error) error {
+		if err != nil {
+			return err
+		}
+		info, err := d.Info()
+		if err != nil {
+			return err
+		}
+		rel, err := filepath.Rel(o.Lower[0], p)
 		got = append(got, fmt.Sprintf("%s %o", rel, info.Mode().Perm()))
 		return err
 	})
+	if err != nil {
+		t.Fatal(err)
+	}
 	if want := ". 755,a 700,a/b 711,c 750"; strings.Join(got, ",") != want {
 		t.Errorf("stub: %v, want %s", got, want)
 	}

@@ -446,7 +446,7 @@ func (g *gremlin) act() {
 func (g *gremlin) one(b box, op, p, q, text string, mode uint32) error {
 	at, to := b.at(p), b.at(q)
 	var st unix.Stat_t
-	if unix.Lstat(g.boxes[1].at(p), &st) == nil && st.Mode&unix.S_IFMT == unix.S_IFREG && st.Nlink > 1 &&
+	if unix.Lstat(g.boxes[1].at(p), &st) == nil && st.Mode&unix.S_IFMT != unix.S_IFDIR && st.Nlink > 1 &&
 		slices.Contains([]string{"write", "chmod", "chown", "touch", "xattr"}, op) {
 		return nil
 	}
