@@ -86,7 +86,7 @@ func TestCopy(t *testing.T) {
 		{"COPY d /z\nCOPY f /z/x", with(under("z"), map[string]string{"z/x": f})},
 		{"COPY n /z/\nCOPY d /z/", with(under("z"), map[string]string{"z/f": "- 0644 0:0 NF", "z/g": "- 0644 0:0 NG"})},
 		{"COPY d /real\nCOPY f /real/lx", with(under("real"), map[string]string{"real/x": f})},
-		{"COPY --chmod=600 f /n/z", map[string]string{"n": "d 0600 0:0 ", "n/z": "- 0600 0:0 F"}},
+		{"COPY --chmod=711 f /n/z", map[string]string{"n": "d 0711 0:0 ", "n/z": "- 0711 0:0 F"}},
 		{"COPY --chmod=u=rwX,go=rX d/e /z", map[string]string{"z": dir, "z/y": y}},
 		{"COPY --chmod=+x f /z", map[string]string{"z": "- 0755 0:0 F"}},
 		{"COPY --chown=7 f /n/z", map[string]string{"n": "d 0755 7:7 ", "n/z": "- 0644 7:7 F"}},
