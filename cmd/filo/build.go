@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"strings"
+	"time"
 
 	"github.com/spf13/cobra"
 
@@ -117,7 +118,7 @@ type job struct {
 	req      builder.Request
 	outputs  []export.Output
 	display  *progress.Display
-	begin    timestamp
+	begin    time.Time
 	tasks    int // of ours in the display
 	closers  []func() error
 	warnings []string

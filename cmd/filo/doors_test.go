@@ -23,6 +23,7 @@ var floors = map[string]int{
 	"cmd/filo/progress": 4,
 	"builder":           3,
 	"builder/export":    3,
+	"cache/remote":      3,
 	"builder/image":     2,
 	"cache":             2,
 	"builder/source":    1,

@@ -5,7 +5,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"runtime"
 	"strings"
 	"testing"
 )
@@ -163,12 +162,13 @@ ENTRYPOINT ["/filo"]
 func (e *endToEnd) thisProject(t *testing.T) {
 	e.write(t, "Dockerfile.self", selfDockerfile, "Dockerfile.self.dockerignore", ".git\n.demo\nfilo\nbin\n")
 	out := filepath.Join(e.dir, "self")
-	proxy, err := exec.Command("go", "env", "GOPROXY").Output()
+	env, err := exec.Command("go", "env", "GOPROXY", "GOROOT").Output()
 	if err != nil {
 		t.Fatal(err)
 	}
-	e.filo(t, "root", "build", "-f", filepath.Join(e.dir, "Dockerfile.self"), "--build-context", "go="+runtime.GOROOT(), "--build-context", "certs=/etc/ssl/certs",
-		"--build-arg", "GOPROXY="+strings.TrimSpace(string(proxy)), "-o", out, filepath.Join("..", ".."))
+	proxy, root, _ := strings.Cut(strings.TrimSpace(string(env)), "\n")
+	e.filo(t, "root", "build", "-f", filepath.Join(e.dir, "Dockerfile.self"), "--build-context", "go="+root, "--build-context", "certs=/etc/ssl/certs",
+		"--build-arg", "GOPROXY="+proxy, "-o", out, filepath.Join("..", ".."))
 	version, err := exec.Command(filepath.Join(out, "filo"), "version").CombinedOutput()
 	if err != nil || !strings.HasPrefix(string(version), "filo ") {
 		t.Errorf("what was built says %q, %v", version, err)

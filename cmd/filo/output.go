@@ -18,8 +18,6 @@ import (
 	"filo/dockerfile"
 )
 
-type timestamp = time.Time
-
 // parse turns -o, --push, --load, -t and --annotation into the outputs of a build for so many platforms. stdout is
 // where an output without a file goes; nil refuses one.
 func (f *resultFlags) parse(platforms int, stdout io.Writer) ([]export.Output, error) {

@@ -1,7 +1,6 @@
 package main
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -66,8 +65,6 @@ func hint(err error, tail []string) string {
 		return "the disk is full: `filo prune` makes room, --root moves the state directory"
 	case errors.Is(err, syscall.EROFS), errors.Is(err, fs.ErrPermission) && where == nil:
 		return "choose a state directory that you may write to with --root or FILO_ROOT"
-	case errors.Is(err, context.DeadlineExceeded):
-		return ""
 	}
 	return ""
 }
