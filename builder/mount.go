@@ -171,11 +171,11 @@ func (w *walk) bind(ctx context.Context, m mount) (sandbox.Mount, func(), error)
 // materialise makes a layer of files that are in no layer yet and returns it with where in it they are.
 func (w *walk) materialise(ctx context.Context, source []picked) (layer.Layer, string, error) {
 	const at = "/source"
-	key, err := keyOf(struct{ Source string }{"materialise"}, source[0].digest(true, true))
+	q, err := ask(struct{ Source string }{"materialise"}, source[0].digest(true, true))
 	if err != nil {
 		return layer.Layer{}, "", err
 	}
-	m, err := w.remembered(ctx, key, false, func(ctx context.Context, _ int64) (layer.Layer, error) {
+	m, err := w.remembered(ctx, q, func(ctx context.Context, _ int64) (layer.Layer, error) {
 		pl := newPlan(nil, 0)
 		root := source[0].files[0]
 		if source[0].isDir() {

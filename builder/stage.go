@@ -404,11 +404,11 @@ func (w *walk) fromFiles(ctx context.Context, of *layered, r *stageRun) error {
 	if err != nil {
 		return err
 	}
-	key, err := keyOf(struct{ From string }{"files"}, source[0].digest(true, true))
+	q, err := ask(struct{ From string }{"files"}, source[0].digest(true, true))
 	if err != nil {
 		return err
 	}
-	m, err := w.remembered(ctx, key, false, func(ctx context.Context, created int64) (layer.Layer, error) {
+	m, err := w.remembered(ctx, q, func(ctx context.Context, created int64) (layer.Layer, error) {
 		p := newPlan(nil, created)
 		if err := p.copy(&source[0], "/", attributes{}); err != nil {
 			return layer.Layer{}, err

@@ -2,6 +2,7 @@ package builder
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -55,16 +56,17 @@ func (w *walk) try(ctx context.Context, r *stageRun, st dockerfile.Step, name st
 	if !t.alone {
 		inputs = append([]digest.Digest{layer.ChainID(r.layers)}, inputs...)
 	}
-	key, err := keyOf(t.op, inputs...)
+	q, err := ask(t.op, inputs...)
 	if err != nil {
 		return err
 	}
+	q.fresh = r.fresh
 	if w.req.Explain != nil {
-		w.req.Explain(name, fmt.Sprintf("%s %+v %v", key, t.op, inputs))
+		w.req.Explain(name, fmt.Sprintf("%s %s %v", q.key, q.op, q.inputs))
 	}
-	m, err := w.steps.do(ctx, key, func() (memory, error) {
+	m, err := w.steps.do(ctx, q.key, func() (memory, error) {
 		v := w.start("%s", name)
-		m, err := w.remembered(ctx, key, r.fresh, func(ctx context.Context, created int64) (layer.Layer, error) {
+		m, err := w.remembered(ctx, q, func(ctx context.Context, created int64) (layer.Layer, error) {
 			return t.do(ctx, v, created)
 		})
 		if err == nil && m.hit {
@@ -74,11 +76,11 @@ func (w *walk) try(ctx context.Context, r *stageRun, st dockerfile.Step, name st
 		return m, v.end(ctx, w.file.Locate(st, err))
 	})
 	if err != nil {
-		w.steps.forget(key) // it may be tried again
+		w.steps.forget(q.key) // it may be tried again
 		return err
 	}
 	r.add(st, &m.layer, m.created)
-	w.made.add(Made{Key: key, Layer: m.layer, Created: m.created, Shipped: w.inResult(r.stage)})
+	w.made.add(Made{Key: q.key, Layer: m.layer, Created: m.created, Shipped: w.inResult(r.stage)})
 	if r.ships {
 		w.ship(m.layer)
 	}
@@ -129,9 +131,22 @@ func (w *walk) preparedRun(ctx context.Context, r *stageRun, op *dockerfile.Run)
 		}}, nil
 }
 
-// keyOf returns the key of op with inputs. The chain of keys is that of the layers' digests: see package cache.
-func keyOf(op any, inputs ...digest.Digest) (cache.Key, error) {
-	return cache.Key("").Next(op, inputs...)
+// question is what the cache is asked: a key, and what went into it.
+type question struct {
+	key    cache.Key
+	op     json.RawMessage
+	inputs []digest.Digest
+	fresh  bool // the answer does not count, but the layer is kept
+}
+
+// ask makes the question for op with inputs. Keys chain by what the inputs hold of the layers below: see package cache.
+func ask(op any, inputs ...digest.Digest) (question, error) {
+	b, err := json.Marshal(op)
+	if err != nil {
+		return question{}, fmt.Errorf("encode step: %w", err)
+	}
+	key, err := cache.Key("").Next(json.RawMessage(b), inputs...)
+	return question{key: key, op: b, inputs: inputs}, err
 }
 
 // memory is a layer that a step made, now or before.
@@ -141,21 +156,21 @@ type memory struct {
 	hit     bool
 }
 
-// remembered returns the layer kept under key, or makes it with do and keeps it. Of several that want the same layer,
-// in this process or others, one makes it. fresh makes it in any case.
-func (w *walk) remembered(ctx context.Context, key cache.Key, fresh bool, do func(context.Context, int64) (layer.Layer, error)) (memory, error) {
-	if m, ok := w.recall(key); ok && !fresh {
+// remembered returns the layer kept for q, or makes it with do and keeps it. Of several that want the same layer, in this
+// process or others, one makes it.
+func (w *walk) remembered(ctx context.Context, q question, do func(context.Context, int64) (layer.Layer, error)) (memory, error) {
+	if m, ok := w.recall(q.key); ok && !q.fresh {
 		return m, w.verify(ctx, m, do)
 	}
-	unlock, err := w.Store.Lock(ctx, "step-"+digest.Digest(key).Encoded())
+	unlock, err := w.Store.Lock(ctx, "step-"+digest.Digest(q.key).Encoded())
 	if err != nil {
 		return memory{}, err
 	}
 	defer unlock()
-	if m, ok := w.recall(key); ok && !fresh {
+	if m, ok := w.recall(q.key); ok && !q.fresh {
 		return m, nil
 	}
-	if m, ok := w.recallShared(ctx, key); ok && !fresh {
+	if m, ok := w.recallShared(ctx, q); ok && !q.fresh {
 		return m, nil
 	}
 	created := w.Now().Unix()
@@ -163,7 +178,7 @@ func (w *walk) remembered(ctx context.Context, key cache.Key, fresh bool, do fun
 	if err != nil {
 		return memory{}, err
 	}
-	w.keep(key, cache.Record{Layer: l.DiffID, Created: created})
+	w.keep(q, cache.Record{Layer: l.DiffID, Created: created})
 	return memory{layer: l, created: created}, nil
 }
 
@@ -204,22 +219,23 @@ func (w *walk) recall(key cache.Key) (memory, bool) {
 	return memory{layer: l, created: rec.Created, hit: true}, true
 }
 
-// recallShared looks key up in the shared caches and keeps what it finds.
-func (w *walk) recallShared(ctx context.Context, key cache.Key) (memory, bool) {
+// recallShared looks q up in the shared caches and keeps what it finds.
+func (w *walk) recallShared(ctx context.Context, q question) (memory, bool) {
 	if w.Recall == nil {
 		return memory{}, false
 	}
-	rec, ok := w.Recall(ctx, key)
+	rec, ok := w.Recall(ctx, q.key)
 	if !ok || !w.Store.Has(layer.Layer{DiffID: rec.Layer}) {
 		return memory{}, false
 	}
-	w.keep(key, rec)
+	w.keep(q, rec)
 	return memory{layer: layer.Layer{DiffID: rec.Layer}, created: rec.Created, hit: true}, true
 }
 
-// keep remembers rec under key. The build is right without it.
-func (w *walk) keep(key cache.Key, rec cache.Record) {
-	if err := w.Cache.Put(key, rec); err != nil {
+// keep remembers rec for q. The build is right without it.
+func (w *walk) keep(q question, rec cache.Record) {
+	rec.Op, rec.Inputs = q.op, q.inputs
+	if err := w.Cache.Put(q.key, rec); err != nil {
 		w.warn("cache: %v", err)
 	}
 }

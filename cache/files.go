@@ -83,14 +83,6 @@ func (f *Files) Digest(path string, st rootfs.Stat, open func() (io.ReadCloser, 
 	return digest.NewDigestFromBytes(digest.SHA256, now.Sum[:]), nil
 }
 
-// Forget drops what is remembered of path, after its bytes turned out to be others.
-func (f *Files) Forget(path string) {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	delete(f.known, path)
-	f.changed = true
-}
-
 // Save writes what was learned since Files. Of two processes that save at once the later one wins.
 func (f *Files) Save() error {
 	f.mu.Lock()

@@ -245,16 +245,15 @@ func (s *Store) Close() error {
 	return errors.Join(err, s.held.Close())
 }
 
-// Has says whether the entries of l can be had: it is indexed here, or a blob
-// of it is here or promised.
+// Has says whether the files of l can be had: its tree or a blob of it is here, or a blob is promised.
 func (s *Store) Has(l Layer) bool {
 	s.mu.Lock()
-	known := s.indexes[l.DiffID] != nil || len(s.promises[l.DiffID]) > 0
+	promised := len(s.promises[l.DiffID]) > 0
 	s.mu.Unlock()
-	if known {
+	if promised {
 		return true
 	}
-	if _, err := os.Lstat(filepath.Join(s.layerDir(l), "index")); err == nil {
+	if _, err := os.Lstat(filepath.Join(s.layerDir(l), "tree")); err == nil {
 		return true
 	}
 	return len(s.storedBlobs(l)) > 0
