@@ -81,7 +81,7 @@ func (x *extraction) member(hdr *tar.Header, r io.Reader) error {
 		n.UID, n.GID = x.owner.uid, x.owner.gid
 	}
 	switch hdr.Typeflag {
-	case tar.TypeReg, tar.TypeRegA, tar.TypeGNUSparse, tar.TypeCont: //nolint:staticcheck // old archives have TypeRegA
+	case tar.TypeReg, tar.TypeGNUSparse, tar.TypeCont: // the reader says TypeReg for old archives too
 		n.Type = layer.Regular
 		n.Size, n.Digest, n.open, err = x.spool.add(r)
 	case tar.TypeDir:

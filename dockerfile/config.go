@@ -157,14 +157,16 @@ func exported(arg string) bool {
 func (st *state) cmd(c *instructions.CmdCommand) string {
 	st.once(c.Name(), c.Location())
 	st.config.Cmd = st.commandLine(c.ShellDependantCmdLine, c)
-	st.config.ArgsEscaped = true //nolint:staticcheck // deprecated, but part of the config that builders write
+	//lint:ignore SA1019 it is part of the config that BuildKit writes
+	st.config.ArgsEscaped = true
 	return fmt.Sprintf("CMD %q", st.config.Cmd)
 }
 
 func (st *state) entrypoint(c *instructions.EntrypointCommand) string {
 	st.once(c.Name(), c.Location())
 	st.config.Entrypoint = st.commandLine(c.ShellDependantCmdLine, c)
-	st.config.ArgsEscaped = true //nolint:staticcheck // see cmd
+	//lint:ignore SA1019 as in cmd
+	st.config.ArgsEscaped = true
 	if _, ok := st.set["CMD"]; !ok {
 		st.config.Cmd = nil // an inherited one was meant for the inherited entry point
 	}

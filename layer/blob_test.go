@@ -196,7 +196,7 @@ func TestPromisedBlob(t *testing.T) {
 		t.Errorf("forced: %v, %v, %d fetches", got, err, fetches.Load())
 	}
 	fresh := newStore(t)
-	_, _, fetches = promised(t, fresh, foreignTar(t, "f b 1", "f a 2"))
+	promised(t, fresh, foreignTar(t, "f b 1", "f a 2"))
 	if again, err := fresh.Blob(t.Context(), l, Compression{Algorithm: Zstd}, true); err != nil || again.Digest != got.Digest {
 		t.Errorf("forced at once: %v, %v", again, err)
 	}

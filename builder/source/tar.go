@@ -211,7 +211,7 @@ func (u *untar) add(h *tar.Header, r io.Reader) error {
 
 // kinds are the types of entries that a context can hold.
 var kinds = map[byte]uint32{
-	tar.TypeReg: modeRegular, tar.TypeRegA: modeRegular, tar.TypeCont: modeRegular, tar.TypeGNUSparse: modeRegular,
+	tar.TypeReg: modeRegular, tar.TypeCont: modeRegular, tar.TypeGNUSparse: modeRegular,
 	tar.TypeLink: modeRegular, tar.TypeSymlink: modeSymlink, tar.TypeDir: modeDir,
 	tar.TypeChar: modeChar, tar.TypeBlock: modeBlock, tar.TypeFifo: modeFifo,
 }
