@@ -39,6 +39,7 @@ type Image struct {
 	Name        string            // of a base: its full reference; empty for a built image
 	Digest      digest.Digest     // of a base: its manifest, or the index it was chosen from, as the reference resolved
 	Annotations map[string]string // of the manifest
+	Cache       []byte            // of a built image: cache records to hold in the config (type=inline); nil for none
 
 	WrongPlatform bool  // of a base: a single image of another platform than asked for
 	Stale         error // of a base: why the registry could not be asked, so that what was found last is used
@@ -72,7 +73,10 @@ func Write(ctx context.Context, s *layer.Store, img *Image, o WriteOptions) (oci
 	if err != nil {
 		return ocispec.Descriptor{}, err
 	}
-	config, err := json.Marshal(complete(img))
+	config, err := json.Marshal(struct {
+		dockerspec.DockerOCIImage
+		Cache []byte `json:"moby.buildkit.cache.v0,omitempty"`
+	}{complete(img), img.Cache})
 	if err != nil {
 		return ocispec.Descriptor{}, fmt.Errorf("write image: %w", err)
 	}

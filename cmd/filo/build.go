@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -74,6 +75,10 @@ func (a *app) runBuild(cmd *cobra.Command, f *buildFlags, ref string) error {
 	if f.what.file == "-" && ref == "-" {
 		return wrong(errors.New("can't use stdin for both build context and dockerfile"))
 	}
+	caches, err := f.results.caches(req.Args)
+	if err != nil {
+		return wrong(err)
+	}
 	s, err := a.open(true)
 	if err != nil {
 		return err
@@ -84,7 +89,7 @@ func (a *app) runBuild(cmd *cobra.Command, f *buildFlags, ref string) error {
 		return wrong(err)
 	}
 	defer d.Close()
-	j := &job{app: a, state: s, flags: f, req: req, outputs: outputs, display: d, begin: a.now()}
+	j := &job{app: a, state: s, flags: f, req: req, outputs: outputs, display: d, caches: caches, begin: a.now()}
 	if err := j.read(cmd.Context(), ref); err != nil {
 		return err
 	}
@@ -117,9 +122,10 @@ type job struct {
 	flags    *buildFlags
 	req      builder.Request
 	outputs  []export.Output
+	caches   cacheSpecs
 	display  *progress.Display
 	begin    time.Time
-	tasks    int // of ours in the display
+	tasks    atomic.Int32 // of ours in the display
 	closers  []func() error
 	warnings []string
 }
@@ -138,26 +144,27 @@ func (j *job) build(ctx context.Context) error {
 	if j.flags.steps.explain {
 		j.req.Explain = func(vertex, text string) { fmt.Fprintf(j.stderr, "explain: %s: %s\n", vertex, text) }
 	}
-	result, err := b.Build(ctx, j.req)
+	shared, err := j.openCaches(ctx, b)
 	if err != nil {
 		return err
 	}
-	exported, err := j.export(ctx, result)
+	defer shared.Close()
+	result, exported, err := j.produce(ctx, b, shared)
 	if err != nil {
 		return err
 	}
 	if err := j.writeFiles(exported, result.Warnings); err != nil {
 		return err
 	}
+	err = shared.Export(ctx, madeOf(result))
 	j.display.Close()
 	j.conclude(result, exported)
-	return nil
+	return err
 }
 
 // task draws a piece of work that is not the builder's. What do says appears below its name.
 func (j *job) task(name string, do func(say func(string)) error) error {
-	j.tasks++
-	id := -j.tasks // the builder's are positive
+	id := -int(j.tasks.Add(1)) // the builder's are positive
 	emit := func(e builder.Event) {
 		e.Vertex, e.Name = id, name
 		j.display.Emit(e)

@@ -38,10 +38,6 @@ func (f *buildFlags) request(env lookup) (builder.Request, error) {
 // unsupported refuses what filo cannot do yet.
 func (f *buildFlags) unsupported() error {
 	switch {
-	case len(f.results.cacheFrom) > 0:
-		return errors.New("--cache-from is not supported yet; the cache in the state directory is always used")
-	case len(f.results.cacheTo) > 0:
-		return errors.New("--cache-to is not supported yet; keep the state directory (--root) instead")
 	case wanted(f.results.provenance):
 		return errors.New("--provenance is not supported yet; leave it out or say --provenance=false")
 	case wanted(f.results.sbom):

@@ -29,6 +29,7 @@ const (
 	TooMany            // a rate limit
 	Unreachable        // no answer: name lookup, connection, timeout, or nothing but server errors
 	TLS                // the connection could not be made secure
+	Incomplete         // a manifest refers to what the registry turned out to lack: pushing blobs and manifest again may help
 )
 
 func (c Class) String() string {
@@ -45,6 +46,8 @@ func (c Class) String() string {
 		return "unreachable"
 	case TLS:
 		return "no secure connection"
+	case Incomplete:
+		return "the registry lacks a blob of the manifest"
 	case Other:
 	}
 	return "request refused"

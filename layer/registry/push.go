@@ -277,6 +277,9 @@ func (c *Client) pushManifest(ctx context.Context, n name, d ocispec.Descriptor,
 	}
 	defer resp.Body.Close()
 	if err := answered(resp, http.StatusCreated, http.StatusOK, http.StatusAccepted); err != nil {
+		if no := new(Error); errors.As(err, &no) && (no.Status == http.StatusBadRequest || no.Status == http.StatusNotFound) && c.disown(e) {
+			no.Class = Incomplete
+		}
 		return err
 	}
 	if got := digest.Digest(strings.TrimSpace(resp.Header.Get("Docker-Content-Digest"))); got != "" && got != d.Digest {

@@ -5,7 +5,8 @@
 // listed as insecure. Credentials come from Docker's configuration and its helpers and are never printed.
 //
 // Start at [Open]. registry.go finds out what a reference means, name.go reads references and mirrors,
-// read.go fetches, push.go sends, session.go and token.go sign in, certs.go knows whom to trust, retry.go tries
+// read.go fetches, push.go sends, current.go is for those who
+// change what a tag names, session.go and token.go sign in, certs.go knows whom to trust, retry.go tries
 // again, error.go says what went wrong.
 package registry
 
@@ -32,6 +33,7 @@ type Client struct {
 	sessions map[sessionKey]*session
 	resolved map[string]*resolution
 	homes    map[string][]string // host@digest: repositories known to hold the blob
+	told     map[home]bool       // which of them are known from hearsay, see [Client.Know]
 	pulls    map[string]chan struct{}
 	pushes   map[string]chan struct{}
 }
@@ -63,6 +65,7 @@ func Open(o Options) *Client {
 		sessions: map[sessionKey]*session{},
 		resolved: map[string]*resolution{},
 		homes:    map[string][]string{},
+		told:     map[home]bool{},
 		pulls:    map[string]chan struct{}{},
 		pushes:   map[string]chan struct{}{},
 	}

@@ -1,0 +1,236 @@
+package remote
+
+import (
+	"cmp"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/moby/buildkit/cache/remotecache/v1/types"
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"filo/cache"
+)
+
+// What of an index is read: one is held in memory, and its author may be anybody.
+const (
+	maxIndex   = 32 << 20
+	maxRecords = 100_000
+)
+
+// format is the version of our field in the index. An index of another one has no records for us.
+const format = 1
+
+// day is how exactly the use of a record is noted: two builds on one day write the same index.
+const day = 24 * 60 * 60
+
+// Annotations of layers, as BuildKit writes them.
+const (
+	annotationDiffID  = "containerd.io/uncompressed"
+	annotationCreated = "buildkit/createdat"
+)
+
+// entry is a record: what one key stands for.
+type entry struct {
+	diffID  digest.Digest
+	blob    ocispec.Descriptor // OCI media type, digest, size
+	created int64              // seconds since the epoch
+	used    int64              // the same, whole days
+}
+
+// index is all records of a place.
+type index struct {
+	entries map[cache.Key]entry
+	missing bool // the place has none
+}
+
+func newIndex() *index { return &index{entries: map[cache.Key]entry{}} }
+
+// wire is the index as it is written.
+type wire struct {
+	cacheimporttypes.CacheConfig
+	Filo *ours `json:"filo,omitempty"`
+}
+
+type ours struct {
+	Format int     `json:"format"`
+	Used   []int64 `json:"used"`
+}
+
+// parseIndex reads an index. Records that are BuildKit's, or broken, are left out.
+func parseIndex(data []byte) (*index, error) {
+	var w wire
+	if err := json.Unmarshal(data, &w); err != nil {
+		return nil, fmt.Errorf("read cache config: %w", err)
+	}
+	x := newIndex()
+	if w.Filo == nil || w.Filo.Format != format {
+		return x, nil
+	}
+	if len(w.Records) > maxRecords || len(w.Filo.Used) != len(w.Records) {
+		return nil, errors.New("read cache config: its parts do not fit together")
+	}
+	for i, r := range w.Records {
+		e, ok := entryOf(w.Layers, r)
+		if !ok {
+			continue
+		}
+		e.used = w.Filo.Used[i]
+		x.add(cache.Key(r.Digest), e)
+	}
+	return x, nil
+}
+
+// entryOf reads a record of a cache config.
+func entryOf(layers []cacheimporttypes.CacheLayer, r cacheimporttypes.CacheRecord) (entry, bool) {
+	if len(r.Inputs) > 0 || len(r.Results) != 1 || !valid(r.Digest) {
+		return entry{}, false
+	}
+	i := r.Results[0].LayerIndex
+	if i < 0 || i >= len(layers) || layers[i].Annotations == nil {
+		return entry{}, false
+	}
+	a := layers[i].Annotations
+	e := entry{diffID: a.DiffID, created: r.Results[0].CreatedAt.Unix()}
+	e.blob = ocispec.Descriptor{MediaType: ociType(a.MediaType), Digest: layers[i].Blob, Size: a.Size}
+	return e, e.valid()
+}
+
+func (e entry) valid() bool {
+	return valid(e.diffID) && valid(e.blob.Digest) && e.blob.Size > 0 && e.blob.MediaType != ""
+}
+
+func valid(d digest.Digest) bool {
+	return d.Validate() == nil && d.Algorithm() == digest.SHA256
+}
+
+// ociType returns the OCI form of a layer's media type, "" if it is not one.
+func ociType(t string) string {
+	for _, prefix := range []string{ocispec.MediaTypeImageLayer, dockerLayer} {
+		switch kind, ok := strings.CutPrefix(t, prefix); {
+		case ok && kind == "":
+			return ocispec.MediaTypeImageLayer
+		case ok && (kind == "+gzip" || kind == ".gzip"):
+			return ocispec.MediaTypeImageLayerGzip
+		case ok && (kind == "+zstd" || kind == ".zstd"):
+			return ocispec.MediaTypeImageLayerZstd
+		}
+	}
+	return ""
+}
+
+const dockerLayer = "application/vnd.docker.image.rootfs.diff.tar"
+
+// dockerType returns Docker's form of an OCI layer's media type.
+func dockerType(t string) string {
+	return dockerLayer + strings.Replace(strings.TrimPrefix(t, ocispec.MediaTypeImageLayer), "+", ".", 1)
+}
+
+// add puts a record in; of two with one key the one made later stays, and the later use counts.
+func (x *index) add(k cache.Key, e entry) {
+	old, ok := x.entries[k]
+	if ok && old.created > e.created {
+		e.diffID, e.blob, e.created = old.diffID, old.blob, old.created
+	}
+	e.used = max(e.used, old.used)
+	x.entries[k] = e
+}
+
+// merge returns x with the records of y, whose layers count where both have a key.
+func (x *index) merge(y *index) *index {
+	m := newIndex()
+	maps.Copy(m.entries, x.entries)
+	for k, e := range y.entries {
+		e.used = max(e.used, x.entries[k].used)
+		m.entries[k] = e
+	}
+	return m
+}
+
+// trim drops records that no build had use for since the given time, and all but the given number of those used last.
+func (x *index) trim(since int64, most int) {
+	maps.DeleteFunc(x.entries, func(_ cache.Key, e entry) bool { return e.used < since-day })
+	if len(x.entries) <= most {
+		return
+	}
+	keys := slices.SortedFunc(maps.Keys(x.entries), func(a, b cache.Key) int {
+		ea, eb := x.entries[a], x.entries[b]
+		return cmp.Or(cmp.Compare(eb.used, ea.used), cmp.Compare(eb.created, ea.created), cmp.Compare(a, b))
+	})
+	for _, k := range keys[most:] {
+		delete(x.entries, k)
+	}
+}
+
+// dropOlder drops records of steps that ran before the given time.
+func (x *index) dropOlder(since int64) {
+	maps.DeleteFunc(x.entries, func(_ cache.Key, e entry) bool { return e.created < since })
+}
+
+func (x *index) dropBlob(blob digest.Digest) {
+	maps.DeleteFunc(x.entries, func(_ cache.Key, e entry) bool { return e.blob.Digest == blob })
+}
+
+func (x *index) hasBlob(blob digest.Digest) bool {
+	for _, e := range x.entries {
+		if e.blob.Digest == blob {
+			return true
+		}
+	}
+	return false
+}
+
+// contains reports whether x has all records of y, with the same layers and not longer unused.
+func (x *index) contains(y *index) bool {
+	for k, e := range y.entries {
+		have, ok := x.entries[k]
+		if !ok || have.diffID != e.diffID || have.blob.Digest != e.blob.Digest || have.used < e.used {
+			return false
+		}
+	}
+	return true
+}
+
+// blobs are the layers of the records, each once, in the order of their keys.
+func (x *index) blobs() []entry {
+	var out []entry
+	seen := map[digest.Digest]bool{}
+	for _, k := range slices.Sorted(maps.Keys(x.entries)) {
+		if e := x.entries[k]; !seen[e.blob.Digest] {
+			seen[e.blob.Digest] = true
+			out = append(out, e)
+		}
+	}
+	return out
+}
+
+// marshal writes the index. Equal records give equal bytes.
+func (x *index) marshal() ([]byte, error) {
+	w := wire{Filo: &ours{Format: format, Used: []int64{}}}
+	at := map[digest.Digest]int{}
+	for i, e := range x.blobs() {
+		at[e.blob.Digest] = i
+		w.Layers = append(w.Layers, cacheimporttypes.CacheLayer{
+			Blob: e.blob.Digest, ParentIndex: -1,
+			Annotations: &cacheimporttypes.LayerAnnotations{
+				MediaType: e.blob.MediaType, DiffID: e.diffID, Size: e.blob.Size, CreatedAt: utc(e.created),
+			},
+		})
+	}
+	for _, k := range slices.Sorted(maps.Keys(x.entries)) {
+		e := x.entries[k]
+		w.Records = append(w.Records, cacheimporttypes.CacheRecord{
+			Digest:  digest.Digest(k),
+			Results: []cacheimporttypes.CacheResult{{LayerIndex: at[e.blob.Digest], CreatedAt: utc(e.created)}},
+		})
+		w.Filo.Used = append(w.Filo.Used, e.used)
+	}
+	return json.Marshal(w)
+}
+
+func utc(seconds int64) time.Time { return time.Unix(seconds, 0).UTC() }

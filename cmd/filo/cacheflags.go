@@ -1,0 +1,126 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"slices"
+	"sync"
+
+	"github.com/containerd/platforms"
+
+	"filo/builder"
+	"filo/builder/export"
+	"filo/cache/remote"
+	"filo/layer/registry"
+)
+
+// cacheSpecs are --cache-from and --cache-to.
+type cacheSpecs struct{ from, to []remote.Spec }
+
+// caches reads --cache-from, --cache-to and the build argument that stands for type=inline.
+func (f *resultFlags) caches(args map[string]string) (c cacheSpecs, err error) {
+	read := func(flag string, values []string, parse func(string) ([]remote.Spec, error)) (all []remote.Spec, err error) {
+		for _, v := range values {
+			specs, err := parse(v)
+			if err != nil {
+				return nil, fmt.Errorf("--%s: %w", flag, err)
+			}
+			all = append(all, specs...)
+		}
+		return all, nil
+	}
+	if c.from, err = read("cache-from", f.cacheFrom, remote.ParseFrom); err != nil {
+		return c, err
+	}
+	to := f.cacheTo
+	if truthy(args["BUILDKIT_INLINE_CACHE"]) {
+		to = append(slices.Clone(to), "type=inline")
+	}
+	c.to, err = read("cache-to", to, remote.ParseTo)
+	return c, err
+}
+
+// openCaches begins to read the shared caches and lets b ask them.
+func (j *job) openCaches(ctx context.Context, b *builder.Builder) (*remote.Cache, error) {
+	var mu sync.Mutex
+	p := platforms.DefaultSpec()
+	if len(j.req.Platforms) > 0 {
+		p = j.req.Platforms[0]
+	}
+	shared, err := remote.Open(ctx, remote.Options{
+		Store: j.store, Registry: j.registry, Now: j.now, Getenv: j.getenv, Platform: p,
+		Warn: func(text string) {
+			mu.Lock()
+			defer mu.Unlock()
+			j.warn(text)
+		},
+		Report: j.beginTask,
+	}, j.caches.from, j.caches.to)
+	if err != nil {
+		return nil, err
+	}
+	if len(j.caches.from) > 0 {
+		b.Recall = shared.Recall
+	}
+	return shared, nil
+}
+
+// beginTask draws a piece of work that ends when the function it returns is called.
+func (j *job) beginTask(name string) func(error) {
+	e := builder.Event{Vertex: -int(j.tasks.Add(1)), Name: name, State: builder.Started}
+	j.display.Emit(e)
+	return func(err error) {
+		if e.State, e.Err = builder.Done, err; err != nil {
+			e.State = builder.Failed
+		}
+		j.display.Emit(e)
+	}
+}
+
+// produce builds and exports. What a shared cache promised and does not have is done again without it.
+func (j *job) produce(ctx context.Context, b *builder.Builder, shared *remote.Cache) (builder.Result, []export.Exported, error) {
+	for {
+		result, err := b.Build(ctx, j.req)
+		again := true
+		var exported []export.Exported
+		if err == nil {
+			if err = j.inline(result); err == nil {
+				exported, err = j.export(ctx, result)
+			}
+			again = !slices.ContainsFunc(j.outputs, writesStdout)
+		}
+		// Forget is asked only after a failure, since it withdraws the promises that were tried.
+		if err == nil || ctx.Err() != nil || !again || !shared.Forget() && !registry.Is(err, registry.Incomplete) {
+			return result, exported, err
+		}
+	}
+}
+
+// writesStdout reports whether an output is a stream, which cannot be written twice.
+func writesStdout(o export.Output) bool {
+	return o.Dest == "-" || o.Dest == "" && (o.Type == "oci" || o.Type == "tar")
+}
+
+// inline puts cache records into the images, if that is asked for.
+func (j *job) inline(r builder.Result) error {
+	if !remote.HasInline(j.caches.to) {
+		return nil
+	}
+	made := madeOf(r)
+	for _, img := range r.Images {
+		records, err := remote.Inline(made, img.Layers)
+		if err != nil {
+			return err
+		}
+		img.Cache = records
+	}
+	return nil
+}
+
+func madeOf(r builder.Result) []remote.Made {
+	made := make([]remote.Made, len(r.Made))
+	for i, m := range r.Made {
+		made[i] = remote.Made(m)
+	}
+	return made
+}
