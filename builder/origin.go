@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
-	"path"
 	"strings"
 
 	"github.com/opencontainers/go-digest"
@@ -85,86 +84,19 @@ func (o *origin) open(name string) (io.ReadCloser, error) { return o.fs.Open(nam
 
 func lstat(fsys fs.FS, name string) (fs.FileInfo, error) { return fs.Lstat(fsys, name) }
 
-// maxLinks is how many symbolic links a path may go through, as in the kernel (path_resolution(7)).
-const maxLinks = 255
-
-// errLinks says that a path goes through too many symbolic links.
-var errLinks = errors.New("too many levels of symbolic links")
-
-// resolver follows the symbolic links of a path, as if its file system were the root of the machine.
-type resolver struct {
-	lstat    func(name string) (isLink, exists bool, err error)
-	readLink func(name string) (string, error)
-}
-
-// resolve returns where p leads, as a path for io/fs: every link but, unless last, the last one is followed; ".."
-// stops at the root. Of a path that does not exist, what is missing stays as written.
-func (r resolver) resolve(p string, last bool) (string, error) {
-	todo := strings.Split(p, "/")
-	done := "."
-	for links := 0; len(todo) > 0; {
-		name := todo[0]
-		todo = todo[1:]
-		switch name {
-		case "", ".":
-			continue
-		case "..":
-			done = path.Dir(done)
-			continue
-		}
-		next := path.Join(done, name)
-		if !last && !named(todo) {
-			return next, nil
-		}
-		link, _, err := r.lstat(next)
-		if err != nil {
-			return "", err
-		}
-		if !link {
-			done = next
-			continue
-		}
-		if links++; links > maxLinks {
-			return "", fmt.Errorf("%s: %w", p, errLinks)
-		}
-		target, err := r.readLink(next)
-		if err != nil {
-			return "", err
-		}
-		if strings.HasPrefix(target, "/") {
-			done = "."
-		}
-		todo = append(strings.Split(target, "/"), todo...)
-	}
-	return done, nil
-}
-
-// named reports whether a component is left that is a name.
-func named(todo []string) bool {
-	for _, name := range todo {
-		if name != "" && name != "." {
-			return true
-		}
-	}
-	return false
-}
-
-// resolve follows the links of p inside o; what is missing stays as written.
+// resolve follows the links of p inside o, the last one only if last is set; what is missing stays as written.
 func (o *origin) resolve(p string, last bool) (string, error) {
-	r := resolver{
-		lstat: func(name string) (bool, bool, error) {
-			fi, err := lstat(o.fs, name)
-			if errors.Is(err, fs.ErrNotExist) || isNotDir(err) {
-				return false, false, nil
-			}
-			if err != nil {
-				return false, false, err
-			}
-			return fi.Mode()&fs.ModeSymlink != 0, true, nil
-		},
-		readLink: func(name string) (string, error) { return fs.ReadLink(o.fs, name) },
-	}
-	return r.resolve(p, last)
+	return rootfs.Resolve(p, last, func(name string) (string, bool, error) {
+		fi, err := lstat(o.fs, name)
+		if errors.Is(err, fs.ErrNotExist) || isNotDir(err) {
+			return "", false, nil
+		}
+		if err != nil || fi.Mode()&fs.ModeSymlink == 0 {
+			return "", false, err
+		}
+		target, err := fs.ReadLink(o.fs, name)
+		return target, true, err
+	})
 }
 
 // isNotDir reports whether err says that a component of a path is no directory, for which io/fs has no error value.

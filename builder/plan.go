@@ -12,6 +12,7 @@ import (
 	"syscall"
 
 	"filo/layer"
+	"filo/layer/rootfs"
 )
 
 // plan is a root filesystem with changes on it that are not made yet: copies are planned on it one after the other,
@@ -59,17 +60,10 @@ func (p *plan) lstat(name string) (layer.Entry, bool) {
 
 // resolve follows all links of name, as if the directory root were the root.
 func (p *plan) resolve(root, name string) (string, error) {
-	r := resolver{
-		lstat: func(name string) (bool, bool, error) {
-			e, ok := p.lstat(path.Join(root, name))
-			return e.Type == layer.Symlink, ok, nil
-		},
-		readLink: func(name string) (string, error) {
-			e, _ := p.lstat(path.Join(root, name))
-			return e.Link, nil
-		},
-	}
-	name, err := r.resolve(name, true)
+	name, err := rootfs.Resolve(name, true, func(name string) (string, bool, error) {
+		e, ok := p.lstat(path.Join(root, name))
+		return e.Link, ok && e.Type == layer.Symlink, nil
+	})
 	return path.Join(root, name), err
 }
 

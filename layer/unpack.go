@@ -470,6 +470,9 @@ func (n *tarNode) child(name string) *tarNode {
 	return n.children[name]
 }
 
+// maxLinks bounds how many links lead to one directory of an archive.
+const maxLinks = 255
+
 // directory finds or implies the directory dir. As an extraction in order
 // would, it follows symbolic links that the layer has on the way, and replaces
 // other files. The path without the links is returned with it.

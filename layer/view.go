@@ -137,46 +137,12 @@ func (v *View) Inode(name string) string {
 	return v.layers[i].DiffID.String() + "/" + name
 }
 
-// maxLinks bounds how many links one Resolve follows.
-const maxLinks = 255
-
-// Resolve follows the symbolic links in name, which may be absolute or relative to the root,
-// as if the root were "/", and returns the path it leads to in the form of io/fs names. A
-// link in the last component is followed only if follow is set. From the first component
-// that does not exist (or is no directory) on, the path is kept as written.
+// Resolve follows the symbolic links in name inside the view, see [rootfs.Resolve].
 func (v *View) Resolve(name string, follow bool) (string, error) {
-	done, todo, links := ".", strings.Split(name, "/"), 0
-	for len(todo) > 0 {
-		part := todo[0]
-		todo = todo[1:]
-		switch part {
-		case "", ".":
-			continue
-		case "..":
-			done = path.Dir(done)
-			continue
-		}
-		next := path.Join(done, part)
-		e, _, ok := v.lookup(next)
-		if !ok || e.Type != Symlink || !follow && nothing(todo) {
-			done = next
-			continue
-		}
-		if links++; links > maxLinks {
-			return "", &fs.PathError{Op: "resolve", Path: name, Err: unix.ELOOP}
-		}
-		if path.IsAbs(e.Link) {
-			done = "."
-		}
-		todo = append(strings.Split(e.Link, "/"), todo...)
-	}
-	return done, nil
-}
-
-// nothing says whether no name is left in parts; "link/" means what link points to, but
-// the last name is what is asked about, so a slash behind it does not count.
-func nothing(parts []string) bool {
-	return !slices.ContainsFunc(parts, func(p string) bool { return p != "" && p != "." })
+	return rootfs.Resolve(name, follow, func(name string) (string, bool, error) {
+		e, _, ok := v.lookup(name)
+		return e.Link, ok && e.Type == Symlink, nil
+	})
 }
 
 // stat is lookup for callers from outside: the name is checked, hard links are resolved,
