@@ -27,7 +27,9 @@ check:
 demo: build
 	@GO='$(GO)' testdata/demo/run.sh
 
+# filo and every builder found installed on the same work, then the inner loops. BENCHFLAGS='-scale 1 -rounds 5' is all of it.
 bench:
+	$(GO) run ./testdata/bench $(BENCHFLAGS)
 	$(GO) test -run '^$$' -bench . -benchmem ./...
 
 # Every fuzz target of every package, for FUZZTIME each.
