@@ -170,7 +170,7 @@ func (t *target) entries(ctx context.Context, made []Made) (*index, error) {
 	today := t.c.o.Now().Unix() / day * day
 	var mu sync.Mutex
 	g, ctx := errgroup.WithContext(ctx)
-	g.SetLimit(atOnce)
+	g.SetLimit(max(t.spec.uploads, atOnce))
 	for _, m := range made {
 		if !t.spec.all && !m.Shipped {
 			continue
@@ -230,7 +230,7 @@ func (t *target) send(ctx context.Context, l layer.Layer) (ocispec.Descriptor, e
 	if err != nil {
 		return s.blob, err
 	}
-	if !known.hasBlob(blob.Digest) || t.c.wasLost(blob.Digest) {
+	if !t.has(known, blob.Digest) {
 		err = t.place.put(ctx, blob, func(ctx context.Context) (io.ReadCloser, error) {
 			r, _, err := t.c.o.Store.OpenBlob(ctx, blob.Digest)
 			return r, err
@@ -241,6 +241,19 @@ func (t *target) send(ctx context.Context, l layer.Layer) (ocispec.Descriptor, e
 	}
 	s.blob, s.done = blob, true
 	return blob, nil
+}
+
+// has reports whether the place needs no call to hold a blob. A bucket must see that one is still used: rules for the
+// life of objects go by their age.
+func (t *target) has(known *index, blob digest.Digest) bool {
+	if t.c.wasLost(blob) {
+		return false
+	}
+	since := int64(0)
+	if t.spec.touch > 0 {
+		since = (t.c.o.Now().Unix() - int64(t.spec.touch/time.Second)) / day * day
+	}
+	return known.hasBlob(blob, since)
 }
 
 // forget drops what is known of a blob that could not be had.

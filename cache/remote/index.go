@@ -176,9 +176,10 @@ func (x *index) dropBlob(blob digest.Digest) {
 	maps.DeleteFunc(x.entries, func(_ cache.Key, e entry) bool { return e.blob.Digest == blob })
 }
 
-func (x *index) hasBlob(blob digest.Digest) bool {
+// hasBlob reports whether a record that was used since then has the blob.
+func (x *index) hasBlob(blob digest.Digest, since int64) bool {
 	for _, e := range x.entries {
-		if e.blob.Digest == blob {
+		if e.blob.Digest == blob && e.used >= since {
 			return true
 		}
 	}

@@ -25,6 +25,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"slices"
 	"sync"
 	"time"
@@ -238,7 +239,7 @@ func (s *source) holds(ctx context.Context, blob digest.Digest) bool {
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.index.hasBlob(blob)
+	return s.index.hasBlob(blob, math.MinInt64)
 }
 
 // watched is a blob on its way to the store. Whether it was the right one is known later: see [Cache.Forget].

@@ -1,6 +1,7 @@
 package remote
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"maps"
@@ -23,6 +24,12 @@ const (
 	inline       = "inline"
 )
 
+// The roles of a place.
+const (
+	importer = "importer"
+	exporter = "exporter"
+)
+
 // Spec is a value of --cache-from or --cache-to, understood.
 type Spec struct {
 	Type string
@@ -40,6 +47,10 @@ type Spec struct {
 	reset         bool
 	maxAge        time.Duration // 0 is no limit
 	maxRecords    int
+	names         []string      // type=s3: of the index
+	pathStyle     *bool         // type=s3: the bucket is in the path, not the host; nil is what the endpoint is known for
+	touch         time.Duration // type=s3: the age from which a blob in use is made young again
+	uploads       int           // type=s3: at once
 }
 
 // Defaults of a target.
@@ -69,12 +80,12 @@ var (
 
 // ParseFrom reads a value of --cache-from: type=TYPE,KEY=VALUE,… or image references.
 func ParseFrom(value string) ([]Spec, error) {
-	return parse(value, "importer", fromAttrs)
+	return parse(value, importer, fromAttrs)
 }
 
 // ParseTo reads a value of --cache-to, in the same form.
 func ParseTo(value string) ([]Spec, error) {
-	return parse(value, "exporter", toAttrs)
+	return parse(value, exporter, toAttrs)
 }
 
 func parse(value, role string, known map[string][]string) ([]Spec, error) {
@@ -108,7 +119,24 @@ func parse(value, role string, known map[string][]string) ([]Spec, error) {
 	if err := s.check(role, known); err != nil {
 		return nil, err
 	}
-	return []Spec{s}, s.read()
+	if err := s.read(); err != nil {
+		return nil, err
+	}
+	return s.split(role), nil
+}
+
+// split makes of an export under several names one each. An import takes the first that there is.
+func (s Spec) split(role string) []Spec {
+	if role == importer || len(s.names) < 2 {
+		return []Spec{s}
+	}
+	var all []Spec
+	for _, name := range s.names {
+		one := s
+		one.names = []string{name}
+		all = append(all, one)
+	}
+	return all
 }
 
 // check refuses types and attributes that do not exist.
@@ -180,11 +208,36 @@ func (s *Spec) read() error {
 	if s.maxAge, err = duration(s.attrs["max-age"]); err != nil {
 		errs = append(errs, fmt.Errorf("max-age=%s: %w", s.attrs["max-age"], err))
 	}
+	if s.Type == kindS3 {
+		errs = append(errs, s.readBucket())
+	}
 	if s.imageManifest && !s.ociTypes {
 		errs = append(errs, errors.New("oci-mediatypes=false needs image-manifest=false: an image manifest has OCI media types"))
 	}
 	return errors.Join(append(errs, s.compression.Check())...)
 }
+
+// readBucket understands the attributes of type=s3 that are not plain text.
+func (s *Spec) readBucket() (err error) {
+	s.names = strings.Split(cmp.Or(s.attrs["name"], defaultName), ";")
+	if v, ok := s.attrs["use_path_style"]; ok {
+		path, err := strconv.ParseBool(v)
+		if err != nil {
+			return fmt.Errorf("use_path_style=%s: must be true or false", v)
+		}
+		s.pathStyle = &path
+	}
+	if s.touch, err = duration(cmp.Or(s.attrs["touch_refresh"], "24h")); err != nil {
+		return fmt.Errorf("touch_refresh=%s: %w", s.attrs["touch_refresh"], err)
+	}
+	if s.uploads, err = strconv.Atoi(cmp.Or(s.attrs["upload_parallelism"], strconv.Itoa(atOnce))); err != nil || s.uploads < 1 {
+		return fmt.Errorf("upload_parallelism=%s: must be a number from 1", s.attrs["upload_parallelism"])
+	}
+	return nil
+}
+
+// defaultName is BuildKit's.
+const defaultName = "buildkit"
 
 // name finds what the place is called.
 func (s *Spec) name() error {

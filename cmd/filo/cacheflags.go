@@ -77,9 +77,17 @@ func (j *job) beginTask(name string) func(error) {
 	}
 }
 
+// vertices is more than one build can have.
+const vertices = 1 << 20
+
 // produce builds and exports. What a shared cache promised and does not have is done again without it.
 func (j *job) produce(ctx context.Context, b *builder.Builder, shared *remote.Cache) (builder.Result, []export.Exported, error) {
-	for {
+	emit := b.Emit
+	for try := 0; ; try++ {
+		b.Emit = func(e builder.Event) {
+			e.Vertex += try * vertices // they are others than those of the try before
+			emit(e)
+		}
 		result, err := b.Build(ctx, j.req)
 		again := true
 		var exported []export.Exported
