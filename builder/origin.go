@@ -35,7 +35,7 @@ func (o *origin) file(name, rel string) (file, error) {
 	case *rootfs.Stat:
 		e, inode, err := o.statEntry(name, fi, st)
 		e.Path = rel
-		return file{e, inode, st}, err
+		return file{Entry: e, inode: inode, stat: st}, err
 	}
 	return file{}, fmt.Errorf("lstat %s: unknown file system %T", name, o.fs)
 }

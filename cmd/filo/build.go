@@ -126,15 +126,21 @@ type job struct {
 	display  *progress.Display
 	begin    time.Time
 	tasks    atomic.Int32 // of ours in the display
+	nested   int          // builds of stages that are contexts of this one
 	closers  []func() error
 	warnings []string
 }
 
-// build builds, exports, and writes the files about the result.
-func (j *job) build(ctx context.Context) error {
-	b := &builder.Builder{
+// newBuilder wires a builder to the job.
+func (j *job) newBuilder() *builder.Builder {
+	return &builder.Builder{
 		Store: j.store, Cache: j.cache, Registry: j.registry, Now: j.now, Emit: j.display.Emit, Jobs: j.flags.steps.jobs,
 	}
+}
+
+// build builds, exports, and writes the files about the result.
+func (j *job) build(ctx context.Context) error {
+	b := j.newBuilder()
 	j.req.SingleID = j.ground.SingleID
 	for _, o := range j.outputs {
 		if c := o.Compression(); c != nil && j.req.Ships == nil {

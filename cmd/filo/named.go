@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"strings"
 
@@ -20,7 +19,7 @@ func (j *job) readNamed(ctx context.Context, o source.Options) error {
 	o.Stdin = nil // one source may read it, and that is the main context
 	for _, spec := range j.flags.what.contexts {
 		name, value, _ := strings.Cut(spec, "=")
-		n, err := j.openNamed(ctx, value, o)
+		n, err := j.openNamed(ctx, name, value, o)
 		if err != nil {
 			return fmt.Errorf("--build-context %s: %w", name, err)
 		}
@@ -29,7 +28,7 @@ func (j *job) readNamed(ctx context.Context, o source.Options) error {
 	return nil
 }
 
-func (j *job) openNamed(ctx context.Context, value string, o source.Options) (builder.Named, error) {
+func (j *job) openNamed(ctx context.Context, name, value string, o source.Options) (builder.Named, error) {
 	scheme, rest, ok := strings.Cut(value, "://")
 	switch {
 	case ok && scheme == "docker-image":
@@ -37,7 +36,7 @@ func (j *job) openNamed(ctx context.Context, value string, o source.Options) (bu
 	case ok && scheme == "oci-layout":
 		return j.layoutContext(value, rest)
 	case strings.HasPrefix(value, "target:"):
-		return builder.Named{}, errors.New("target: is for build files with several targets; name a stage with FROM or --from instead")
+		return j.targetContext(name, value)
 	}
 	src, err := source.Open(ctx, value, o)
 	if err != nil {

@@ -78,6 +78,8 @@ func exitHint(e *sandbox.ExitError, said string) string {
 		return "this stage has no shell; use the JSON form RUN [\"program\", \"argument\"] or another base"
 	case strings.Contains(said, "Unable to locate package"):
 		return "run apt-get update in the same RUN, before apt-get install"
+	case strings.Contains(e.Reason, "exec format error"):
+		return "the program is for another architecture: build on a machine of that architecture, cross-compile in a stage FROM --platform=$BUILDPLATFORM, or let this kernel run it with binfmt_misc (Debian: apt-get install qemu-user-static binfmt-support)"
 	case e.Code == 126 && strings.Contains(said, "ermission denied"):
 		return "the file may lack its executable bit: COPY --chmod=755"
 	case strings.Contains(said, "Temporary failure in name resolution"), strings.Contains(said, "Could not resolve host"):
