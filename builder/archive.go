@@ -7,10 +7,12 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"path"
 	"path/filepath"
 	"strings"
+	"syscall"
 
 	"github.com/opencontainers/go-digest"
 
@@ -43,7 +45,7 @@ func (p *plan) unpack(src *picked, dest string, a attributes, sp *spool) (bool, 
 	if err := p.mkdirAll(root, 0o755, o); err != nil {
 		return true, err
 	}
-	x := extraction{plan: p, root: root, owner: a.chown, spool: sp, id: src.root}
+	x := extraction{plan: p, root: root, owner: a.chown, spool: sp, links: map[string]layer.Entry{}}
 	for ; err == nil; hdr, err = t.Next() {
 		if err := x.member(hdr, t); err != nil {
 			return true, fmt.Errorf("unpack %s: %s: %w", src.name, hdr.Name, err)
@@ -52,6 +54,7 @@ func (p *plan) unpack(src *picked, dest string, a attributes, sp *spool) (bool, 
 	if err != io.EOF {
 		return true, fmt.Errorf("unpack %s: %w", src.name, err)
 	}
+	x.settle()
 	return true, nil
 }
 
@@ -61,35 +64,60 @@ type extraction struct {
 	root  string
 	owner *owner
 	spool *spool
-	id    string // tells its hard links from those of others
+	links map[string]layer.Entry // by inode, what the last header of a file with several names says of it
 }
 
 func (x *extraction) member(hdr *tar.Header, r io.Reader) error {
-	name := strings.TrimPrefix(path.Join("/", hdr.Name), "/")
-	if name == "" || hdr.Typeflag == tar.TypeXGlobalHeader {
+	if path.Clean(hdr.Name) == "." || hdr.Typeflag == tar.TypeXGlobalHeader {
 		return nil
 	}
-	at, err := x.place(name)
+	at := x.root
+	if name := strings.TrimPrefix(path.Join("/", hdr.Name), "/"); name != "" {
+		var err error
+		if at, err = x.place(name); err != nil {
+			return err
+		}
+	}
+	n, err := x.describe(hdr, at)
 	if err != nil {
 		return err
 	}
+	if old, ok := x.lstat(at); ok && !(old.Type == layer.Dir && n.Type == layer.Dir) {
+		if at == x.root {
+			return &fs.PathError{Op: "replace", Path: "/" + at, Err: syscall.EISDIR}
+		}
+		x.remove(at)
+	}
+	switch n.Type {
+	case layer.Hardlink:
+		return x.hardlink(n)
+	case layer.Regular:
+		if n.Size, n.Digest, n.open, err = x.spool.add(r); err != nil {
+			return err
+		}
+	}
+	x.put(n)
+	return nil
+}
+
+// describe makes of a header the node at the path at, without its content.
+func (x *extraction) describe(hdr *tar.Header, at string) (node, error) {
 	n := node{Entry: layer.Entry{
-		Path: at, Mode: uint32(hdr.Mode) & 0o7777, UID: hdr.Uid, GID: hdr.Gid, ModTime: hdr.ModTime.Unix(),
+		Path: at, Mode: uint32(hdr.Mode) & 0o7777, UID: hdr.Uid, GID: hdr.Gid, ModTime: max(hdr.ModTime.Unix(), 0),
 		Xattrs: layer.HeaderXattrs(hdr),
 	}}
 	if x.owner != nil {
 		n.UID, n.GID = x.owner.uid, x.owner.gid
 	}
 	switch hdr.Typeflag {
-	case tar.TypeReg, tar.TypeGNUSparse, tar.TypeCont: // the reader says TypeReg for old archives too
+	case tar.TypeReg, tar.TypeRegA, tar.TypeGNUSparse, tar.TypeCont: //nolint:staticcheck // old archives have TypeRegA
 		n.Type = layer.Regular
-		n.Size, n.Digest, n.open, err = x.spool.add(r)
 	case tar.TypeDir:
 		n.Type = layer.Dir
 	case tar.TypeSymlink:
 		n.Type, n.Link, n.Mode = layer.Symlink, hdr.Linkname, 0o777
 	case tar.TypeLink:
-		return x.hardlink(at, hdr.Linkname)
+		n.Type, n.Link = layer.Hardlink, hdr.Linkname
 	case tar.TypeChar, tar.TypeBlock:
 		n.Type, n.Major, n.Minor = layer.Char, uint32(hdr.Devmajor), uint32(hdr.Devminor)
 		if hdr.Typeflag == tar.TypeBlock {
@@ -98,52 +126,99 @@ func (x *extraction) member(hdr *tar.Header, r io.Reader) error {
 	case tar.TypeFifo:
 		n.Type = layer.Fifo
 	default:
-		return fmt.Errorf("unknown type %q", hdr.Typeflag)
+		return n, fmt.Errorf("unknown type %q", hdr.Typeflag)
 	}
-	if err != nil {
-		return err
-	}
-	if old, ok := x.lstat(at); ok && !(old.Type == layer.Dir && n.Type == layer.Dir) {
-		x.remove(at)
-	}
-	x.put(n)
-	return nil
+	return n, nil
 }
 
-// place makes the directories above name and returns where name itself is.
+// place makes the directories above name and returns where name itself is. A file or a link to nowhere among them is
+// not replaced.
 func (x *extraction) place(name string) (string, error) {
-	dir, err := x.resolve(x.root, path.Dir(name))
+	parent := path.Dir(name)
+	dir, err := x.resolve(x.root, parent)
 	if err != nil {
 		return "", err
 	}
-	if e, ok := x.lstat(dir); ok && e.Type != layer.Dir {
-		x.remove(dir)
+	if _, ok := x.lstat(dir); !ok {
+		if err := x.refuseDangling(parent); err != nil {
+			return "", err
+		}
 	}
 	return path.Join(dir, path.Base(name)), x.mkdirAll(dir, 0o755, owner{})
 }
 
-// hardlink makes at another name of the file that target names inside the archive's root.
-func (x *extraction) hardlink(at, target string) error {
-	target = strings.TrimPrefix(path.Join("/", target), "/")
+// refuseDangling reports a link in dir that leads nowhere: what a member is put into cannot be made behind it.
+func (x *extraction) refuseDangling(dir string) error {
+	for ; dir != "."; dir = path.Dir(dir) {
+		above, err := x.resolve(x.root, path.Dir(dir))
+		if err != nil {
+			return err
+		}
+		if e, ok := x.lstat(path.Join(above, path.Base(dir))); ok {
+			if e.Type == layer.Symlink {
+				if to, err := x.resolve(x.root, dir); err != nil || !x.exists(to) {
+					return errors.Join(&fs.PathError{Op: "mkdir", Path: "/" + e.Path, Err: syscall.EEXIST}, err)
+				}
+			}
+			return nil
+		}
+	}
+	return nil
+}
+
+func (x *extraction) exists(name string) bool {
+	_, ok := x.lstat(name)
+	return ok
+}
+
+// hardlink makes l another name of the file that its target, a path inside the archive's root, names: one of the
+// archive or one that was there before.
+func (x *extraction) hardlink(l node) error {
+	target := strings.TrimPrefix(path.Join("/", l.Link), "/")
 	dir, err := x.resolve(x.root, path.Dir(target))
 	if err != nil {
 		return err
 	}
 	of := path.Join(dir, path.Base(target))
+	e, ok := x.lstat(of)
+	if !ok || e.Type == layer.Dir {
+		why := syscall.ENOENT
+		if ok {
+			why = syscall.EPERM
+		}
+		return &fs.PathError{Op: "link", Path: target, Err: why}
+	}
 	n, ok := x.nodes[of]
-	if !ok || n.Type == layer.Whiteout || n.Type == layer.Dir {
-		return fmt.Errorf("hard link to %s, which the archive does not hold", target)
+	if !ok {
+		e.Path = of
+		n = &node{Entry: e, open: func() (io.ReadCloser, error) { return x.below.Open(of) }}
+		x.nodes[of] = n
+	}
+	other := *n
+	other.Path = l.Path
+	if n.Type == layer.Symlink { // no layer of ours holds links to links
+		x.put(other)
+		return nil
 	}
 	if n.inode == "" {
-		n.inode = fmt.Sprintf("%p %s %s", x, x.id, of)
+		n.inode = fmt.Sprintf("%p %d", x, len(x.links))
 	}
-	if old, ok := x.lstat(at); ok && old.Type == layer.Dir {
-		x.remove(at)
-	}
-	l := *n
-	l.Path = at
-	x.put(l)
+	other.inode = n.inode
+	x.links[n.inode] = l.Entry
+	x.put(other)
 	return nil
+}
+
+// settle gives all names of a file the attributes that its last header told.
+func (x *extraction) settle() {
+	if len(x.links) == 0 {
+		return
+	}
+	for _, n := range x.nodes {
+		if e, ok := x.links[n.inode]; ok {
+			n.Mode, n.UID, n.GID, n.ModTime = e.Mode, e.UID, e.GID, e.ModTime
+		}
+	}
 }
 
 // spool keeps the bytes of archive members until their turn in the layer, in one file.

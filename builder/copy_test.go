@@ -174,9 +174,10 @@ func TestAddArchive(t *testing.T) {
 		tar.Header{Name: "./", Typeflag: tar.TypeDir, Mode: 0o700},
 		tar.Header{Name: "../../up", Typeflag: tar.TypeReg, Mode: 0o640, Uid: 7, Gid: 8},
 		tar.Header{Name: "/abs", Typeflag: tar.TypeReg, Mode: 0o4755},
+		tar.Header{Name: "etc", Typeflag: tar.TypeDir, Mode: 0o755},
 		tar.Header{Name: "out", Typeflag: tar.TypeSymlink, Linkname: "/etc"},
 		tar.Header{Name: "out/passwd", Typeflag: tar.TypeReg, Mode: 0o644},
-		tar.Header{Name: "hard", Typeflag: tar.TypeLink, Linkname: "abs"},
+		tar.Header{Name: "hard", Typeflag: tar.TypeLink, Linkname: "abs", Mode: 0o4755},
 		tar.Header{Name: "twice", Typeflag: tar.TypeReg, Mode: 0o600},
 		tar.Header{Name: "twice", Typeflag: tar.TypeDir, Mode: 0o711},
 	)
@@ -200,6 +201,39 @@ func TestAddArchive(t *testing.T) {
 	}
 	if got := b.build("FROM scratch\nADD --unpack=false plain /q\n", nil)["q"]; !strings.HasPrefix(got, "- 0644") {
 		t.Errorf("--unpack=false: got %q, want a file", got)
+	}
+}
+
+func TestAddArchiveLinks(t *testing.T) {
+	b := newBench(t)
+	b.file("first", string(archive(t,
+		tar.Header{Name: "old", Typeflag: tar.TypeReg, Mode: 0o600},
+		tar.Header{Name: "gone", Typeflag: tar.TypeSymlink, Linkname: "nowhere"},
+		tar.Header{Name: "file", Typeflag: tar.TypeReg, Mode: 0o644},
+	)))
+	b.file("links", string(archive(t,
+		tar.Header{Name: "/", Typeflag: tar.TypeDir, Mode: 0o700, Uid: 4},
+		tar.Header{Name: "a", Typeflag: tar.TypeReg, Mode: 0o755, Uid: 5},
+		tar.Header{Name: "b", Typeflag: tar.TypeLink, Linkname: "a", Mode: 0o640, Uid: 6},
+		tar.Header{Name: "a", Typeflag: tar.TypeReg, Mode: 0o711},
+		tar.Header{Name: "c", Typeflag: tar.TypeLink, Linkname: "b", Mode: 0o640, Uid: 6},
+		tar.Header{Name: "d", Typeflag: tar.TypeLink, Linkname: "old", Mode: 0o604},
+	)))
+	sameListing(t, b.build("FROM scratch\nADD first links /q/\n", nil), map[string]string{
+		"q": "d 0700 4:0 ", "q/a": "- 0711 0:0 a", "q/b": "- 0640 6:0 a", "q/c": "- 0640 6:0 a", "q/d": "- 0604 0:0 old",
+		"q/old": "- 0604 0:0 old", "q/gone": "l 0777 0:0 nowhere", "q/file": "- 0644 0:0 file",
+	})
+	for name, h := range map[string]tar.Header{
+		"missing":  {Name: "x", Typeflag: tar.TypeLink, Linkname: "no"},
+		"itself":   {Name: "old", Typeflag: tar.TypeLink, Linkname: "old"},
+		"dangling": {Name: "gone/x", Typeflag: tar.TypeReg},
+		"deeper":   {Name: "gone/y/x", Typeflag: tar.TypeReg},
+		"in file":  {Name: "file/x", Typeflag: tar.TypeReg},
+	} {
+		b.file("bad", string(archive(t, h)))
+		if err := b.try("FROM scratch\nADD first bad /q/\n", nil, nil); err == nil {
+			t.Errorf("%s: unpacked", name)
+		}
 	}
 }
 

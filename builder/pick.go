@@ -13,6 +13,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"syscall"
 
 	"github.com/moby/patternmatcher"
 	"github.com/opencontainers/go-digest"
@@ -38,6 +39,7 @@ type file struct {
 	layer.Entry
 	inode string       // equal for hard links of each other; "" for a file with one name
 	stat  *rootfs.Stat // nil where the file is not on a disk of its own
+	held  bool         // a directory that was not asked for, only something in it
 }
 
 // isDir reports whether the source is a directory.
@@ -132,7 +134,7 @@ func missing(p string, err error) error {
 var errNotFound = errors.New("not found")
 
 // glob expands a rooted pattern. From the first component with a wildcard on, path.Match is applied to the whole rest;
-// what matches is not looked into.
+// what matches is not looked into. No match is no error, but the directory before the first wildcard must be there.
 func (o *origin) glob(pattern string) ([]string, error) {
 	parts := strings.Split(strings.TrimPrefix(pattern, "/"), "/")
 	i := slices.IndexFunc(parts, hasMeta)
@@ -146,6 +148,9 @@ func (o *origin) glob(pattern string) ([]string, error) {
 	rest := parts[i:]
 	if _, err := path.Match(path.Join(rest...), ""); err != nil {
 		return nil, fmt.Errorf("pattern %s: %w", pattern, err)
+	}
+	if _, err := lstat(o.fs, dir); errors.Is(err, fs.ErrNotExist) || isNotDir(err) {
+		return nil, &fs.PathError{Op: "lstat", Path: "/" + dir, Err: syscall.ENOENT}
 	}
 	var out []string
 	if err := o.match(dir, rest, &out); err != nil {
@@ -266,6 +271,7 @@ func (w *walker) dir(name, rel string, above match, held []string) error {
 				if err := w.add(path.Join(strings.TrimSuffix(name, rel), h), h); err != nil {
 					return err
 				}
+				w.files[len(w.files)-1].held = true
 			}
 			held = nil
 			if err := w.add(full, p); err != nil {

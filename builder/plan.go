@@ -194,6 +194,11 @@ func (p *plan) copyFile(src *picked, i int, dst string, a attributes) error {
 			p.put(node{Entry: old})
 			return nil
 		}
+		if exists && f.held { // nor does one on the way, but for its mode
+			old.Mode, old.Path = n.Mode, n.Path
+			p.put(node{Entry: old})
+			return nil
+		}
 	} else if exists && old.Type == layer.Dir {
 		return fmt.Errorf("cannot replace directory /%s with a file", n.Path)
 	}

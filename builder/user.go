@@ -97,7 +97,11 @@ func (a accounts) chown(spec string) (owner, error) {
 		}
 		o = u.owner
 	}
-	if !hasGroup || group == "" {
+	if !hasGroup {
+		return o, nil
+	}
+	if group == "" { // as in BuildKit no login group stands after a colon
+		o.gid = 0
 		return o, nil
 	}
 	if id, ok := number(group); ok {
