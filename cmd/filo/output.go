@@ -227,9 +227,15 @@ func (j *job) summary(r builder.Result, all []export.Exported) string {
 		}
 		break
 	}
-	steps, cached := j.display.Counts(func(name string) bool { return !strings.HasPrefix(name, "[internal]") && strings.HasPrefix(name, "[") })
+	steps, cached := j.display.Counts(isStep)
 	parts = append(parts, fmt.Sprintf("%d of %s cached", cached, count(steps, "step")), fmt.Sprintf("%.1fs", j.now().Sub(j.begin).Seconds()))
 	return "\n" + strings.Join(parts, ", ") + "\n"
+}
+
+// isStep reports whether a vertex of that name is a step of a stage: not its base, not work of the builder's own.
+func isStep(name string) bool {
+	stage, text, ok := strings.Cut(name, "] ")
+	return ok && strings.HasPrefix(stage, "[") && stage != "[internal" && !strings.HasPrefix(stage, "[context ") && !strings.HasPrefix(text, "FROM ")
 }
 
 // layersOf counts the layers of an image, or of the first of several.
