@@ -103,8 +103,6 @@ func TestRequestRefuses(t *testing.T) {
 		{"--ssh=a=/etc/passwd", "ssh"},
 		{"--tag=x/UPPER", "lowercase"},
 		{"--tag=a@sha256:" + strings.Repeat("0", 64), "digest"},
-		{"--cache-from=x", "not supported"},
-		{"--cache-to=x", "not supported"},
 		{"--provenance", "not supported"},
 		{"--provenance=mode=max", "not supported"},
 		{"--sbom=true", "not supported"},
@@ -277,7 +275,7 @@ func TestRequestIsWhole(t *testing.T) {
 	}
 	fs := pflag.NewFlagSet("build", pflag.ContinueOnError)
 	(&buildFlags{}).register(fs)
-	readElsewhere := []string{"file", "build-context", "call", "check", "tag", "output", "push", "load", "annotation", "iidfile", "metadata-file", "jobs", "explain", "progress", "quiet"}
+	readElsewhere := []string{"cache-from", "cache-to", "file", "build-context", "call", "check", "tag", "output", "push", "load", "annotation", "iidfile", "metadata-file", "jobs", "explain", "progress", "quiet"}
 	fs.VisitAll(func(flag *pflag.Flag) {
 		v, ok := values[flag.Name]
 		if !ok {
