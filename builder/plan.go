@@ -71,7 +71,9 @@ func (p *plan) resolve(root, name string) (string, error) {
 func (p *plan) put(n node) {
 	old, exists := p.lstat(n.Path)
 	if n.Type != layer.Dir {
-		p.drop(n.Path)
+		if exists && old.Type == layer.Dir { // else nothing is below it, and to look through all nodes for each file takes long
+			p.drop(n.Path)
+		}
 	} else if before, ok := p.nodes[n.Path]; ok && before.Type == layer.Dir {
 		n.opaque = before.opaque
 	} else if ok && before.Type == layer.Whiteout || exists && old.Type != layer.Dir {
