@@ -235,14 +235,13 @@ func (w *walk) mkdir(ctx context.Context, op *dockerfile.Mkdir, below []layer.La
 	if err != nil {
 		return layer.Layer{}, err
 	}
-	var who account
-	if op.User != "" {
-		acc, err := readAccounts(view)
-		if err != nil {
-			return layer.Layer{}, err
-		}
-		if who, err = acc.lookup(op.User); err != nil {
-			return layer.Layer{}, err
+	acc, err := readAccounts(view)
+	if err != nil {
+		return layer.Layer{}, err
+	}
+	if len(below) == 0 {
+		if _, err := acc.chown(op.User); err != nil {
+			return layer.Layer{}, fmt.Errorf("USER %s: the image is empty, only numbers can be users", op.User)
 		}
 	}
 	p := newPlan(view, created)
@@ -250,7 +249,7 @@ func (w *walk) mkdir(ctx context.Context, op *dockerfile.Mkdir, below []layer.La
 	if err != nil {
 		return layer.Layer{}, err
 	}
-	if err := p.mkdirAll(dir, 0o755, who.owner); err != nil {
+	if err := p.mkdirAll(dir, 0o755, acc.maker(op.User)); err != nil {
 		return layer.Layer{}, err
 	}
 	return w.create(ctx, p, sinks)

@@ -154,7 +154,7 @@ func (b *build) allowed(op *dockerfile.Run) error {
 	case b.network(op) == string(sandbox.NetworkHost):
 		grant = "network.host"
 	case len(op.Devices) > 0:
-		return fmt.Errorf("RUN --device=%s: devices are not supported", op.Devices[0])
+		return fmt.Errorf("RUN --device=%s: a feature of the labs syntax that filo does not have", op.Devices[0])
 	}
 	if grant == "" || slices.Contains(b.req.Allow, grant) {
 		return nil

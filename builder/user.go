@@ -63,24 +63,46 @@ type account struct {
 // lookup finds the account that a USER instruction names: a name or number, with or without a group. An unknown
 // number is a user with group 0 and home /; an unknown name is an error.
 func (a accounts) lookup(spec string) (account, error) {
-	defaults := &user.ExecUser{Home: "/"}
-	u, err := user.GetExecUser(spec, defaults, bytes.NewReader(a.passwd), bytes.NewReader(a.group))
+	u, err := user.GetExecUser(spec, nil, bytes.NewReader(a.passwd), bytes.NewReader(a.group))
 	name, group, _ := strings.Cut(spec, ":")
 	if err != nil && name == "root" && group == "" { // root needs no entry to be 0
-		u, err = &user.ExecUser{Home: "/root"}, nil
+		u, err = &user.ExecUser{}, nil
 	}
 	if err != nil {
 		return account{}, fmt.Errorf("USER %s: %w", spec, err)
 	}
-	home := u.Home
-	if home == "" {
-		home = "/"
-	}
+	home := a.home(u.Uid)
 	groups := u.Sgids
 	if !slices.Contains(groups, u.Gid) { // as runc does; id(1) shows it
 		groups = append(groups, u.Gid)
 	}
 	return account{owner{u.Uid, u.Gid}, groups, home}, nil
+}
+
+// home returns the home of the first user with this number, whatever name it was asked for by.
+func (a accounts) home(uid int) string {
+	users, err := user.ParsePasswdFilter(bytes.NewReader(a.passwd), func(u user.User) bool { return u.Uid == uid })
+	if err != nil || len(users) == 0 {
+		return "/"
+	}
+	return users[0].Home
+}
+
+// maker finds whom a directory belongs to that WORKDIR makes under this USER: who --chown would name. As nothing runs,
+// a user who does not exist does no harm and stands for root.
+func (a accounts) maker(spec string) owner {
+	name, group, hasGroup := strings.Cut(spec, ":")
+	o, err := a.chown(name)
+	if err != nil {
+		o = owner{}
+	}
+	if !hasGroup {
+		return o
+	}
+	if g, err := a.chown(":" + group); err == nil {
+		o.gid = g.gid
+	}
+	return o
 }
 
 // chown finds the owner that --chown names. A number alone is user and group; a name alone brings its primary group;

@@ -61,7 +61,7 @@ func become() error {
 			return at("bring up lo", err)
 		}
 	}
-	dir, err := workingDirectory(h.Process.Dir)
+	dir, err := workingDirectory(h.Process.Dir, h.Process.UID, h.Process.GID)
 	if err != nil {
 		return at("open working directory "+h.Process.Dir, err)
 	}

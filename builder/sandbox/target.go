@@ -181,27 +181,31 @@ func create(parent int, name string, dir bool) error {
 }
 
 // workingDirectory opens the directory the process starts in. As in other
-// builders it is made if it is missing, in the root itself.
-func workingDirectory(name string) (int, error) {
+// builders it is made if it is missing, in the root itself, and belongs to the
+// process's user.
+func workingDirectory(name string, uid, gid int) (int, error) {
 	root, err := unix.Open("/", unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return -1, err
 	}
-	return directory(root, path.Clean("/"+name))
+	return directory(root, path.Clean("/"+name), uid, gid)
 }
 
-func directory(root int, name string) (int, error) {
+func directory(root int, name string, uid, gid int) (int, error) {
 	fd, err := openIn(root, name, unix.O_DIRECTORY)
 	if err == nil || !errors.Is(err, unix.ENOENT) || name == "/" {
 		return fd, err
 	}
-	parent, err := directory(root, path.Dir(name))
+	parent, err := directory(root, path.Dir(name), uid, gid)
 	if err != nil {
 		return -1, err
 	}
 	defer unix.Close(parent)
 	if err := unix.Mkdirat(parent, path.Base(name), 0o755); err != nil {
 		return -1, &os.PathError{Op: "make", Path: name, Err: err}
+	}
+	if err := unix.Fchownat(parent, path.Base(name), uid, gid, unix.AT_SYMLINK_NOFOLLOW); err != nil {
+		return -1, &os.PathError{Op: "chown", Path: name, Err: err}
 	}
 	return openIn(root, name, unix.O_DIRECTORY)
 }
