@@ -65,6 +65,14 @@ func (o *origin) statEntry(name string, fi fs.FileInfo, st *rootfs.Stat) (e laye
 	return e, inode, err
 }
 
+// known returns the digest of the regular file name, which st describes, if it is remembered.
+func (o *origin) known(name string, st *rootfs.Stat) (digest.Digest, bool) {
+	if st == nil || o.files == nil {
+		return "", false
+	}
+	return o.files.Known(name, *st)
+}
+
 // digest returns the digest of the regular file name, which st describes if the origin is a local directory.
 func (o *origin) digest(name string, st *rootfs.Stat) (digest.Digest, error) {
 	open := func() (io.ReadCloser, error) { return o.open(name) }

@@ -13,6 +13,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"syscall"
 
 	"github.com/moby/patternmatcher"
@@ -214,8 +215,8 @@ type walker struct {
 	origin  *origin
 	exclude *patternmatcher.PatternMatcher
 	include *patternmatcher.PatternMatcher
-	top     string // name that exclude sees of a root that is no directory: patterns are relative to a directory
-	files   []file
+	top     string        // name that exclude sees of a root that is no directory: patterns are relative to a directory
+	aside   chan struct{} // holds one for each directory that is listed beside others; nil lists one at a time
 }
 
 // match is what the patterns said of a directory, so that they are not asked again for what it holds.
@@ -223,77 +224,121 @@ type match struct{ include, exclude patternmatcher.MatchInfo }
 
 // walk lists root and all below it in canonical order; nothing if root itself is excluded.
 func (w *walker) walk(root string) ([]file, error) {
-	if err := w.add(root, "."); err != nil {
+	top, err := w.origin.file(root, ".")
+	if err != nil {
 		return nil, err
 	}
-	if w.exclude != nil && w.top != "" && w.files[0].Type != layer.Dir {
+	if w.exclude != nil && w.top != "" && top.Type != layer.Dir {
 		if out, err := w.exclude.MatchesOrParentMatches(w.top); err != nil || out {
 			return nil, err
 		}
 	}
-	if w.files[0].Type == layer.Dir {
-		if err := w.dir(root, ".", match{}, nil); err != nil {
-			return nil, err
-		}
+	if top.Type != layer.Dir {
+		return []file{top}, nil
 	}
-	return w.files, nil
+	if w.exclude == nil && w.include == nil { // a matcher is not safe for concurrent use
+		w.aside = make(chan struct{}, runtime.GOMAXPROCS(0)-1)
+	}
+	below, err := w.dir(root, ".", match{})
+	return slices.Concat([]file{top}, below), err
 }
 
-func (w *walker) add(name, rel string) error {
-	f, err := w.origin.file(name, rel)
-	if err != nil {
-		return err
-	}
-	w.files = append(w.files, f)
-	return nil
-}
-
-// dir lists what is in name. held are the directories above that are not listed yet, since nothing in them was wanted
-// so far; they come before the first file that is.
-func (w *walker) dir(name, rel string, above match, held []string) error {
+// dir lists what is in name and wanted, with the directories that lead to it.
+func (w *walker) dir(name, rel string, above match) ([]file, error) {
 	if err := w.ctx.Err(); err != nil {
-		return err
+		return nil, err
 	}
 	entries, err := fs.ReadDir(w.origin.fs, name)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	slices.SortFunc(entries, func(a, b fs.DirEntry) int { return strings.Compare(a.Name(), b.Name()) })
-	for _, e := range entries {
-		p := path.Join(rel, e.Name())
-		wanted, below, m, err := w.wants(p, above)
+	branches := make([]branch, len(entries))
+	var beside sync.WaitGroup
+	for i, e := range entries {
+		b := &branches[i]
+		b.name, b.path = under(name, e.Name()), under(rel, e.Name())
+		wanted, below, m, err := w.wants(b.path, above)
 		if err != nil {
-			return err
-		}
-		full := path.Join(name, e.Name())
-		if wanted {
-			for _, h := range held {
-				if err := w.add(path.Join(strings.TrimSuffix(name, rel), h), h); err != nil {
-					return err
-				}
-				w.files[len(w.files)-1].held = true
-			}
-			held = nil
-			if err := w.add(full, p); err != nil {
-				return err
-			}
+			b.err = err
+			break
 		}
 		if !e.IsDir() || !below {
+			if wanted {
+				b.err = w.self(b)
+			}
 			continue
 		}
-		n := len(w.files)
-		sub := held
-		if !wanted {
-			sub = append(slices.Clone(held), p)
-		}
-		if err := w.dir(full, p, m, sub); err != nil {
-			return err
-		}
-		if len(w.files) > n {
-			held = nil
-		}
+		w.beside(&beside, func() { b.err = w.grow(b, wanted, m) })
 	}
-	return nil
+	beside.Wait()
+	return flat(branches)
+}
+
+// branch is a name in a directory and what is below it.
+type branch struct {
+	name, path string // in the origin; relative to the root of the walk
+	self       file   // without a type if it is not listed
+	below      []file
+	err        error
+}
+
+// beside calls list, in a goroutine if there is one to spare.
+func (w *walker) beside(g *sync.WaitGroup, list func()) {
+	select {
+	case w.aside <- struct{}{}:
+		g.Go(func() {
+			list()
+			<-w.aside
+		})
+	default:
+		list()
+	}
+}
+
+// grow lists the directory b. One that is not wanted itself is listed if it holds something that is.
+func (w *walker) grow(b *branch, wanted bool, m match) (err error) {
+	if b.below, err = w.dir(b.name, b.path, m); err != nil || !wanted && len(b.below) == 0 {
+		return err
+	}
+	err = w.self(b)
+	b.self.held = !wanted
+	return err
+}
+
+func (w *walker) self(b *branch) (err error) {
+	b.self, err = w.origin.file(b.name, b.path)
+	return err
+}
+
+// flat lists branches in their order.
+func flat(branches []branch) ([]file, error) {
+	n := 0
+	for _, b := range branches {
+		if b.err != nil {
+			return nil, b.err
+		}
+		n += 1 + len(b.below)
+	}
+	files := make([]file, 0, n)
+	for _, b := range branches {
+		if b.self.Type != 0 {
+			files = append(files, b.self)
+		}
+		files = append(files, b.below...)
+	}
+	return files, nil
+}
+
+// under is path.Join of clean paths.
+func under(dir, name string) string {
+	switch {
+	case dir == ".":
+		return name
+	case name == ".":
+		return dir
+	}
+	return dir + "/" + name
 }
 
 // wants reports whether p is wanted, and whether something below it may be.
@@ -329,7 +374,11 @@ func (o *origin) digestAll(ctx context.Context, all []picked) error {
 			if ctx.Err() != nil {
 				break
 			}
-			name := path.Join(p.root, f.Path)
+			name := under(p.root, f.Path)
+			if d, ok := o.known(name, f.stat); ok {
+				f.Digest = d
+				continue
+			}
 			g.Go(func() (err error) {
 				f.Digest, err = o.digest(name, f.stat)
 				return err

@@ -52,20 +52,42 @@ func (s *Store) Files(root string) *Files {
 	return f
 }
 
-// Digest returns the digest of the file at path, which st describes: the remembered one if nothing stat shows has
-// changed since and the change before was safely older than the record, otherwise that of what open gives.
-func (f *Files) Digest(path string, st rootfs.Stat, open func() (io.ReadCloser, error)) (digest.Digest, error) {
-	now := remembered{
-		Size: st.Size, Dev: int64(st.Dev), Ino: int64(st.Ino),
-		Mtime: st.Sec*1e9 + st.Nsec, Ctime: st.CSec*1e9 + st.CNsec,
-	}
+// Known returns the remembered digest of the file at path, which st describes, if nothing stat shows has changed since
+// and the change before was safely older than the record.
+func (f *Files) Known(path string, st rootfs.Stat) (digest.Digest, bool) {
 	f.mu.Lock()
 	old, ok := f.known[path]
 	f.mu.Unlock()
+	now := seen(st)
 	now.Noted, now.Sum = old.Noted, old.Sum
-	if ok && now == old && old.Ctime < old.Noted-int64(margin) {
-		return digest.NewDigestFromBytes(digest.SHA256, old.Sum[:]), nil
+	if !ok || now != old || old.Ctime >= old.Noted-int64(margin) {
+		return "", false
 	}
+	return digestOf(old.Sum), true
+}
+
+// seen is what stat says.
+func seen(st rootfs.Stat) remembered {
+	return remembered{
+		Size: st.Size, Dev: int64(st.Dev), Ino: int64(st.Ino),
+		Mtime: st.Sec*1e9 + st.Nsec, Ctime: st.CSec*1e9 + st.CNsec,
+	}
+}
+
+// digestOf writes a sum as a digest. It runs for each file of a context.
+func digestOf(sum [sha256.Size]byte) digest.Digest {
+	const prefix = "sha256:"
+	b := append(make([]byte, 0, len(prefix)+2*len(sum)), prefix...)
+	return digest.Digest(hex.AppendEncode(b, sum[:]))
+}
+
+// Digest returns the digest of the file at path, which st describes: the one that is [Files.Known], or that of what
+// open gives.
+func (f *Files) Digest(path string, st rootfs.Stat, open func() (io.ReadCloser, error)) (digest.Digest, error) {
+	if d, ok := f.Known(path, st); ok {
+		return d, nil
+	}
+	now := seen(st)
 	now.Noted = f.s.now().UnixNano()
 	r, err := open()
 	if err != nil {
@@ -80,7 +102,7 @@ func (f *Files) Digest(path string, st rootfs.Stat, open func() (io.ReadCloser, 
 	f.mu.Lock()
 	f.known[path], f.changed = now, true
 	f.mu.Unlock()
-	return digest.NewDigestFromBytes(digest.SHA256, now.Sum[:]), nil
+	return digestOf(now.Sum), nil
 }
 
 // Save writes what was learned since Files. Of two processes that save at once the later one wins.
@@ -123,12 +145,16 @@ func (f *Files) decode(b []byte) bool {
 	if sum := sha256.Sum256(body); !bytes.Equal(sum[:], rest[:sha256.Size]) {
 		return false
 	}
+	const short = 24 // a path, to guess how many there are
+	f.known = make(map[string]remembered, len(body)/(short+rememberedSize))
+	text := string(body) // of which the paths are parts
 	for len(body) > 0 {
 		n, w := binary.Uvarint(body)
 		if w <= 0 || n > uint64(len(body)) || uint64(len(body)) < uint64(w)+n+rememberedSize {
 			return false
 		}
-		path := string(body[w : w+int(n)])
+		at := len(text) - len(body) + w
+		path := text[at : at+int(n)]
 		body = body[w+int(n):]
 		var r remembered
 		for i, field := range []*int64{&r.Size, &r.Dev, &r.Ino, &r.Mtime, &r.Ctime, &r.Noted} {
