@@ -91,7 +91,7 @@ func (w *walk) fetch(ctx context.Context, c *copyStep, src dockerfile.Source) ([
 		c.close = append(c.close, f.Close)
 	}
 	o := &origin{fs: f.FS}
-	s := selection{path: "/" + f.Name, exclude: c.op.Exclude, unpack: f.Name != "" && deref(c.op.Unpack, false)}
+	s := selection{path: "/" + f.Name, literal: true, exclude: c.op.Exclude, unpack: f.Name != "" && deref(c.op.Unpack, false)}
 	return o.pick(ctx, s)
 }
 

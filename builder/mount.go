@@ -83,12 +83,13 @@ func (w *walk) prepareSource(ctx context.Context, m *mount) error {
 		return err
 	}
 	m.layers = from.layers
-	m.source, err = from.pick(ctx, selection{path: cmp.Or(m.Source, "/"), contents: true})
+	m.source, err = from.pick(ctx, selection{path: cmp.Or(m.Source, "/"), literal: true, contents: true})
 	return err
 }
 
-// mount adds the mounts of r to p. The caller calls the function it returns, also after an error, when p has ended.
-func (w *walk) mount(ctx context.Context, p *sandbox.Process, r runStep) (release func(), err error) {
+// mount adds the mounts of r to p, whose root is view. The caller calls the function it returns, also after an error,
+// when p has ended.
+func (w *walk) mount(ctx context.Context, p *sandbox.Process, r runStep, view *layer.View) (release func(), err error) {
 	var held []func()
 	release = func() {
 		for _, f := range slices.Backward(held) {
@@ -105,7 +106,7 @@ func (w *walk) mount(ctx context.Context, p *sandbox.Process, r runStep) (releas
 		case dockerfile.MountCache:
 			sm, free, err = w.cacheMount(ctx, m)
 		case dockerfile.MountTmpfs:
-			sm = sandbox.Mount{Type: sandbox.Tmpfs, Size: m.Size}
+			sm = sandbox.Mount{Type: sandbox.Tmpfs, Size: m.Size, Mode: dirMode(view, m.Target)}
 		case dockerfile.MountSecret:
 			sm, err = w.secret(p, m)
 		case dockerfile.MountSSH:
@@ -128,6 +129,18 @@ func (w *walk) mount(ctx context.Context, p *sandbox.Process, r runStep) (releas
 		return strings.Count(path.Clean(a.Target), "/") - strings.Count(path.Clean(b.Target), "/")
 	})
 	return release, nil
+}
+
+// dirMode returns the mode of the directory that v has at target: a tmpfs mounted on it has the same. 0 is none.
+func dirMode(v *layer.View, target string) uint32 {
+	name, err := v.Resolve(target, true)
+	if err != nil {
+		return 0
+	}
+	if e, ok := v.Entry(name); ok && e.Type == layer.Dir {
+		return e.Mode
+	}
+	return 0
 }
 
 // claimed sorts mounts so that cache mounts are claimed in one order by everybody: two steps must not wait for each
@@ -390,6 +403,6 @@ func (w *walk) secret(p *sandbox.Process, m mount) (sandbox.Mount, error) {
 		return sandbox.Mount{}, nil
 	}
 	return sandbox.Mount{
-		Type: sandbox.Data, Data: data, Mode: deref(m.Mode, 0o400), UID: deref(m.UID, 0), GID: deref(m.GID, 0),
+		Type: sandbox.Data, Data: data, Mode: deref(m.Mode, 0o400), UID: deref(m.UID, 0), GID: deref(m.GID, 0), NoExec: true,
 	}, nil
 }

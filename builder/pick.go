@@ -50,6 +50,7 @@ func (p *picked) isDir() bool { return p.files[0].Type == layer.Dir }
 type selection struct {
 	path     string   // rooted path or pattern
 	pivot    string   // --parents: the leading directories of path that are not kept; "" without --parents
+	literal  bool     // path has no wildcards
 	exclude  []string // patterns
 	contents bool
 	unpack   bool
@@ -64,9 +65,11 @@ func (o *origin) pick(ctx context.Context, s selection) ([]picked, error) {
 	if s.pivot != "" {
 		return o.pickParents(ctx, s, exclude)
 	}
-	matches, err := o.glob(clean(s.path))
-	if err != nil {
-		return nil, err
+	matches := []string{clean(s.path)}
+	if !s.literal {
+		if matches, err = o.glob(matches[0]); err != nil {
+			return nil, err
+		}
 	}
 	var out []picked
 	for _, m := range matches {

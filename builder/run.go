@@ -81,7 +81,7 @@ func (w *walk) run(ctx context.Context, v *vertex, r runStep, below []layer.Laye
 		return layer.Layer{}, err
 	}
 	p := w.process(v, r.op, who)
-	release, err := w.mount(ctx, &p, r)
+	release, err := w.mount(ctx, &p, r, view)
 	defer release()
 	if err != nil {
 		return layer.Layer{}, err

@@ -313,6 +313,9 @@ func (s *stage) mount(i int, m Mount) (fd int, dir bool, err error) {
 			mode = 0o400
 		}
 		fd, err = s.file("data"+strconv.Itoa(i), m.Data, mode, m.UID, m.GID, m.ReadOnly)
+		if err == nil && m.NoExec {
+			err = restrict(fd, unix.MOUNT_ATTR_NOEXEC)
+		}
 		return fd, false, err
 	case Tmpfs:
 		fd, err = m.tmpfs()

@@ -71,6 +71,7 @@ type Mount struct {
 	Data     []byte // Data: the file's bytes
 	Target   string // absolute; symlinks are resolved inside the process's root
 	ReadOnly bool
+	NoExec   bool   // nothing on it can be executed
 	Size     int64  // Tmpfs: limit in bytes, 0 is the kernel's default
 	Mode     uint32 // Tmpfs, Data: permission bits; 0 is 01777 for Tmpfs and 0400 for Data
 	UID, GID int    // Tmpfs, Data

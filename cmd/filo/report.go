@@ -63,7 +63,7 @@ func hint(err error, tail []string) string {
 		return "log in with `docker login`, or set DOCKER_CONFIG to a directory whose config.json has credentials"
 	case errors.Is(err, syscall.ENOSPC):
 		return "the disk is full: `filo prune` makes room, --root moves the state directory"
-	case errors.Is(err, syscall.EROFS), errors.Is(err, fs.ErrPermission) && where == nil:
+	case where == nil && (errors.Is(err, syscall.EROFS) || errors.Is(err, fs.ErrPermission)):
 		return "choose a state directory that you may write to with --root or FILO_ROOT"
 	}
 	return ""
