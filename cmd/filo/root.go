@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"io"
@@ -37,6 +38,7 @@ func (w world) getenv(name string) string {
 type app struct {
 	world
 	stateDir  string            // --root
+	hosts     string            // --registry-config
 	isolation string            // --isolation
 	display   *progress.Display // of a build; its last lines are shown with an error
 }
@@ -54,6 +56,7 @@ const environmentHelp = `
 Environment:
   FILO_ROOT               state directory
   FILO_REGISTRY_MIRRORS   mirrors by registry: docker.io=HOST:PORT[/PATH],…
+  FILO_REGISTRY_CONFIG    default of --registry-config
   DOCKER_CONFIG           directory of Docker's config.json with credentials
   SOURCE_DATE_EPOCH       passed to builds as a build argument: pins all times of the image
   BUILDKIT_PROGRESS       default of build --progress
@@ -84,6 +87,7 @@ func (a *app) command(args []string) *cobra.Command {
 		return &usageError{c.CommandPath(), err}
 	})
 	cmd.PersistentFlags().StringVar(&a.stateDir, "root", "", "state `directory` (default $FILO_ROOT, or a per-user directory)")
+	cmd.PersistentFlags().StringVar(&a.hosts, "registry-config", "", "mirrors, http and authorities of registries: a registries.conf, a hosts.toml, or a `directory` of HOST/hosts.toml (default $FILO_REGISTRY_CONFIG)")
 	cmd.PersistentFlags().StringVar(&a.isolation, "isolation", "auto", "how steps are isolated: auto, root, rootless or chroot")
 	cmd.AddCommand(a.build(), a.push(), a.pull(), a.images(), a.inspect(), a.history(), a.tag(), a.rmi(), a.prune(), a.info(), a.versionCommand())
 	return cmd
@@ -209,7 +213,13 @@ func (a *app) client() (*registry.Client, error) {
 	if err != nil {
 		return nil, fmt.Errorf("FILO_REGISTRY_MIRRORS: %w", err)
 	}
-	return registry.Open(registry.Options{Mirrors: mirrors, UserAgent: "filo/" + version()}), nil
+	var config registry.Config
+	if path := cmp.Or(a.hosts, a.getenv("FILO_REGISTRY_CONFIG")); path != "" {
+		if config, err = registry.ReadConfig(path); err != nil {
+			return nil, fmt.Errorf("read registry configuration: %w", err)
+		}
+	}
+	return registry.Open(registry.Options{Mirrors: mirrors, Config: config, UserAgent: "filo/" + version()}), nil
 }
 
 // newDisplay starts the display of what a command does.

@@ -18,7 +18,7 @@ var certDirs = []string{"/etc/docker/certs.d", "/etc/containers/certs.d"}
 
 // via returns the transport for a host: one that trusts what is configured for it.
 func (t *retrying) via(host string) (http.RoundTripper, error) {
-	if t.plain[host] {
+	if t.plain[host] || t.hosts[host].plain {
 		return t.lax, nil
 	}
 	t.mu.Lock()
@@ -28,6 +28,9 @@ func (t *retrying) via(host string) (http.RoundTripper, error) {
 	}
 	rt := t.strict
 	config, err := hostTLS(t.certs, host)
+	if err == nil {
+		config, err = t.hosts[host].added(config)
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -68,18 +71,7 @@ func hostTLS(dirs []string, host string) (*tls.Config, error) {
 func addCert(c *tls.Config, file string) error {
 	switch filepath.Ext(file) {
 	case ".crt":
-		pem, err := os.ReadFile(file)
-		if err != nil {
-			return err
-		}
-		if c.RootCAs == nil {
-			if c.RootCAs, err = x509.SystemCertPool(); err != nil {
-				c.RootCAs = x509.NewCertPool()
-			}
-		}
-		if !c.RootCAs.AppendCertsFromPEM(pem) {
-			return fmt.Errorf("no certificate in %s", file)
-		}
+		return addAuthority(c, file)
 	case ".cert":
 		pair, err := tls.LoadX509KeyPair(file, strings.TrimSuffix(file, ".cert")+".key")
 		if err != nil {
@@ -88,4 +80,44 @@ func addCert(c *tls.Config, file string) error {
 		c.Certificates = append(c.Certificates, pair)
 	}
 	return nil
+}
+
+func addAuthority(c *tls.Config, file string) error {
+	pem, err := os.ReadFile(file)
+	if err != nil {
+		return err
+	}
+	if c.RootCAs == nil {
+		if c.RootCAs, err = x509.SystemCertPool(); err != nil {
+			c.RootCAs = x509.NewCertPool()
+		}
+	}
+	if !c.RootCAs.AppendCertsFromPEM(pem) {
+		return fmt.Errorf("no certificate in %s", file)
+	}
+	return nil
+}
+
+// added returns a configuration, which may be nil, with what t says.
+func (t trust) added(c *tls.Config) (*tls.Config, error) {
+	if len(t.ca)+len(t.client) == 0 && !t.lax {
+		return c, nil
+	}
+	if c == nil {
+		c = &tls.Config{MinVersion: tls.VersionTLS12}
+	}
+	c.InsecureSkipVerify = t.lax
+	for _, file := range t.ca {
+		if err := addAuthority(c, file); err != nil {
+			return nil, err
+		}
+	}
+	for _, p := range t.client {
+		pair, err := tls.LoadX509KeyPair(p[0], p[1])
+		if err != nil {
+			return nil, err
+		}
+		c.Certificates = append(c.Certificates, pair)
+	}
+	return c, nil
 }

@@ -11,21 +11,21 @@ import (
 // Current returns what ref names at its registry itself at this moment: no mirror is asked and nothing
 // remembered. Digest is empty if the registry does not tell without sending the document.
 func (c *Client) Current(ctx context.Context, ref string) (ocispec.Descriptor, error) {
-	n, err := parse(ref)
+	n, err := c.parse(ref)
 	if err != nil {
 		return ocispec.Descriptor{}, err
 	}
-	d, err := c.head(ctx, n.origin(), n.target())
+	d, err := c.head(ctx, c.origin(n), n.target())
 	return d, explain(err, n.String())
 }
 
 // Latest fetches what ref names at its registry itself at this moment, like [Client.Current].
 func (c *Client) Latest(ctx context.Context, ref string) (ocispec.Descriptor, []byte, error) {
-	n, err := parse(ref)
+	n, err := c.parse(ref)
 	if err != nil {
 		return ocispec.Descriptor{}, nil, err
 	}
-	d, data, err := c.get(ctx, n.origin(), n.target(), n.digest)
+	d, data, err := c.get(ctx, c.origin(n), n.target(), n.digest)
 	return d, data, explain(err, n.String())
 }
 
@@ -36,10 +36,10 @@ func (c *Client) Latest(ctx context.Context, ref string) (ocispec.Descriptor, []
 // and the error is of class [Incomplete].
 func (c *Client) Know(ref string, blobs ...digest.Digest) {
 	n, err := parse(ref)
-	if err != nil || len(c.o.Mirrors[n.domain]) > 0 {
+	if err != nil || len(c.endpoints(n)) > 1 {
 		return
 	}
-	e := n.origin()
+	e := c.origin(n)
 	for _, d := range blobs {
 		c.know(e, d)
 		c.mu.Lock()
@@ -54,9 +54,10 @@ func (c *Client) Doubt(ref string, d digest.Digest) {
 	if err != nil {
 		return
 	}
+	e := c.origin(n)
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.unknow(home{n.domain, n.path, d})
+	c.unknow(home{e.host, e.repo, d})
 }
 
 // home is a place where a blob is.

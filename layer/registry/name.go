@@ -77,8 +77,24 @@ func (n name) target() string {
 	return n.tag
 }
 
-func (n name) origin() endpoint {
+// origin is the registry itself, where the configuration says it is.
+func (c *Client) origin(n name) endpoint {
+	if r, ok := c.o.Config.rule(n); ok && r.location != "" {
+		return r.replaced(n, r.location)
+	}
 	return endpoint{host: n.domain, repo: n.path, domain: n.domain}
+}
+
+// parse reads a reference and refuses one that the configuration blocks.
+func (c *Client) parse(ref string) (name, error) {
+	n, err := parse(ref)
+	if err != nil {
+		return name{}, err
+	}
+	if r, ok := c.o.Config.rule(n); ok && r.blocked {
+		return name{}, &Error{Ref: n.String(), Class: Denied, Text: "the registry configuration blocks " + r.prefix}
+	}
+	return n, nil
 }
 
 // ParseMirrors reads "docker.io=HOST:PORT,docker.io=HOST/PATH,other.example=…": for each registry domain the
@@ -144,7 +160,14 @@ func (c *Client) endpoints(n name) []endpoint {
 		}
 		all = append(all, endpoint{host: host, repo: repo, domain: n.domain})
 	}
-	return append(all, n.origin())
+	if r, ok := c.o.Config.rule(n); ok {
+		for _, m := range r.mirrors {
+			if m.serves(n.digest) {
+				all = append(all, r.replaced(n, m.location))
+			}
+		}
+	}
+	return append(all, c.origin(n))
 }
 
 // loopback reports whether a host, with or without port, is this machine by its own spelling. Names are not

@@ -20,12 +20,12 @@ import (
 // are references that may hold the blob; those of other hosts are passed over. Pushes go to the registry
 // itself, never to a mirror.
 func (c *Client) PushBlob(ctx context.Context, ref string, d ocispec.Descriptor, mountFrom []string, open func(context.Context) (io.ReadCloser, error)) error {
-	n, err := parse(ref)
+	n, err := c.parse(ref)
 	if err != nil {
 		return err
 	}
 	n.tag, n.digest = "", d.Digest
-	return explain(c.pushBlob(ctx, n.origin(), d, mountFrom, open), n.String())
+	return explain(c.pushBlob(ctx, c.origin(n), d, mountFrom, open), n.String())
 }
 
 func (c *Client) pushBlob(ctx context.Context, e endpoint, d ocispec.Descriptor, mountFrom []string, open func(context.Context) (io.ReadCloser, error)) error {
@@ -60,9 +60,13 @@ func (c *Client) send(ctx context.Context, s *session, e endpoint, d ocispec.Des
 			return nil
 		}
 	}
-	for try := 1; ; try++ {
-		resend, err := s.upload(ctx, e, d, open)
-		if err == nil || try == tries || ctx.Err() != nil || !resend {
+	u := &upload{s: s, e: e, d: d, open: open}
+	for try, arrived := 1, int64(0); ; try++ {
+		err := u.attempt(ctx)
+		if u.off > arrived { // it goes on, slowly
+			try, arrived = 1, u.off
+		}
+		if err == nil || try == tries || ctx.Err() != nil || !worthResending(err) {
 			return err
 		}
 		if err := sleep(ctx, c.pause(try)); err != nil {
@@ -121,106 +125,14 @@ func (s *session) cancel(ctx context.Context, at *url.URL) {
 	}
 }
 
-// errOpen marks that the blob could not be read here, which no repetition mends.
-type errOpen struct{ error }
-
-func (e errOpen) Unwrap() error { return e.error }
-
-// upload sends a blob with one POST and one PUT and reports whether an error is worth starting again from the
-// beginning: the transport repeats all but the body.
-func (s *session) upload(ctx context.Context, e endpoint, d ocispec.Descriptor, open func(context.Context) (io.ReadCloser, error)) (bool, error) {
-	body, err := open(ctx)
-	if err != nil {
-		return false, errOpen{err}
-	}
-	defer body.Close()
-	at, err := s.begin(ctx, e)
-	if err != nil {
-		return false, err
-	}
-	err = s.put(ctx, at, d, body)
-	return err != nil && worthResending(err), err
-}
-
-func (s *session) put(ctx context.Context, at *url.URL, d ocispec.Descriptor, body io.Reader) error {
-	q := at.Query()
-	q.Set("digest", d.Digest.String())
-	at.RawQuery = q.Encode()
-	src := &source{Reader: body}
-	req, err := http.NewRequestWithContext(ctx, http.MethodPut, at.String(), io.NopCloser(src))
-	if err != nil {
-		return err
-	}
-	req.ContentLength = d.Size
-	if d.Size == 0 {
-		req.Body = http.NoBody
-	}
-	req.Header.Set("Content-Type", "application/octet-stream")
-	resp, err := s.do(req)
-	if src.err != nil {
-		if resp != nil {
-			resp.Body.Close()
-		}
-		return errOpen{src.err}
-	}
-	if err != nil {
-		return err
-	}
-	defer resp.Body.Close()
-	return answered(resp, http.StatusCreated, http.StatusNoContent)
-}
-
-// source remembers that reading the blob failed, which the HTTP client reports like a broken connection.
-type source struct {
-	io.Reader
-	err error
-}
-
-func (s *source) Read(p []byte) (int, error) {
-	n, err := s.Reader.Read(p)
-	if err != nil && err != io.EOF {
-		s.err = err
-	}
-	return n, err
-}
-
-func (s *session) begin(ctx context.Context, e endpoint) (*url.URL, error) {
-	req, err := http.NewRequestWithContext(ctx, http.MethodPost, s.base+e.repo+"/blobs/uploads/", nil)
-	if err != nil {
-		return nil, err
-	}
-	resp, err := s.do(req)
-	if err != nil {
-		return nil, err
-	}
-	defer resp.Body.Close()
-	if err := answered(resp, http.StatusAccepted); err != nil {
-		return nil, err
-	}
-	return resp.Location()
-}
-
-func worthResending(err error) bool {
-	var local errOpen
-	if errors.As(err, &local) {
-		return false
-	}
-	var e *Error
-	if errors.As(err, &e) {
-		// 401: the token may have run out in the middle of the body; the next try gets a new one.
-		return passingStatus(e.Status) || e.Class == Unauthorized && e.Status == http.StatusUnauthorized
-	}
-	return broken(err)
-}
-
 // MayPush says whether a push to the repository of ref would be let in, before there is anything to push: it
 // begins an upload and takes it back.
 func (c *Client) MayPush(ctx context.Context, ref string) error {
-	n, err := parse(ref)
+	n, err := c.parse(ref)
 	if err != nil {
 		return err
 	}
-	return explain(c.mayPush(ctx, n.origin()), n.String())
+	return explain(c.mayPush(ctx, c.origin(n)), n.String())
 }
 
 func (c *Client) mayPush(ctx context.Context, e endpoint) error {
@@ -239,7 +151,7 @@ func (c *Client) mayPush(ctx context.Context, e endpoint) error {
 // PushManifest makes ref, a tag or a digest, name a manifest or index. Everything it refers to must be there
 // already. If the registry says that it is so already nothing is sent.
 func (c *Client) PushManifest(ctx context.Context, ref string, d ocispec.Descriptor, data []byte) error {
-	n, err := parse(ref)
+	n, err := c.parse(ref)
 	if err != nil {
 		return err
 	}
@@ -254,7 +166,7 @@ func (c *Client) PushManifest(ctx context.Context, ref string, d ocispec.Descrip
 }
 
 func (c *Client) pushManifest(ctx context.Context, n name, d ocispec.Descriptor, data []byte) error {
-	e := n.origin()
+	e := c.origin(n)
 	target := n.tag
 	if target == "" {
 		target = d.Digest.String()

@@ -22,7 +22,7 @@ const maxManifest = 4 << 20
 // Manifest returns a manifest or an index and its descriptor. If d is not empty the one with that digest is
 // returned, whatever the tag of ref; the bytes are verified against it.
 func (c *Client) Manifest(ctx context.Context, ref string, d digest.Digest) (ocispec.Descriptor, []byte, error) {
-	n, err := parse(ref)
+	n, err := c.parse(ref)
 	if err != nil {
 		return ocispec.Descriptor{}, nil, err
 	}
@@ -44,7 +44,7 @@ func (c *Client) Manifest(ctx context.Context, ref string, d digest.Digest) (oci
 // Blob opens a blob. A connection that breaks is taken up again where it broke. The bytes are not verified:
 // whoever stores them does that. The reader counts as a transfer until it is closed.
 func (c *Client) Blob(ctx context.Context, ref string, d ocispec.Descriptor) (io.ReadCloser, error) {
-	n, err := parse(ref)
+	n, err := c.parse(ref)
 	if err != nil {
 		return nil, err
 	}
@@ -63,11 +63,11 @@ func (c *Client) Blob(ctx context.Context, ref string, d ocispec.Descriptor) (io
 
 // HasBlob reports whether the repository of ref at its own registry, not a mirror, holds a blob.
 func (c *Client) HasBlob(ctx context.Context, ref string, d digest.Digest) (bool, error) {
-	n, err := parse(ref)
+	n, err := c.parse(ref)
 	if err != nil {
 		return false, err
 	}
-	has, err := c.hasBlob(ctx, n.origin(), d)
+	has, err := c.hasBlob(ctx, c.origin(n), d)
 	return has, explain(err, n.String())
 }
 

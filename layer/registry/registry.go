@@ -5,9 +5,9 @@
 // listed as insecure. Credentials come from Docker's configuration and its helpers and are never printed.
 //
 // Start at [Open]. registry.go finds out what a reference means, name.go reads references and mirrors,
-// read.go fetches, push.go sends, current.go is for those who
-// change what a tag names, session.go and token.go sign in, certs.go knows whom to trust, retry.go tries
-// again, error.go says what went wrong.
+// config.go reads configurations, read.go fetches, push.go and upload.go send, current.go is for those who change what a tag
+// names, session.go and token.go sign in, certs.go knows whom to trust, retry.go tries again, error.go says
+// what went wrong.
 package registry
 
 import (
@@ -43,6 +43,7 @@ type Options struct {
 	Mirrors   map[string][]string // registry domain: mirrors in the order to ask, each HOST[:PORT][/PATH], see [ParseMirrors]
 	Insecure  []string            // HOST[:PORT] that may use plain http or an unverified certificate
 	Certs     []string            // directories with certificates by host; nil: those of Docker and Podman
+	Config    Config              // more of the same, see [ReadConfig]; what stands above comes first
 	UserAgent string              // "filo" when empty
 }
 
@@ -79,7 +80,8 @@ func Open(o Options) *Client {
 			}
 		}
 	}
-	c.retry = newRetrying(c.plain, o.Certs, 200*time.Millisecond)
+	c.retry = newRetrying(c.plain, append(o.Certs[:len(o.Certs):len(o.Certs)], o.Config.certs...), 200*time.Millisecond)
+	c.retry.hosts = o.Config.hosts
 	return c
 }
 
@@ -93,7 +95,7 @@ type resolution struct {
 // Resolve returns the descriptor (media type, digest, size) of the manifest or index that ref names. A
 // reference is asked for once; later calls return what the first one found. Errors are not remembered.
 func (c *Client) Resolve(ctx context.Context, ref string) (ocispec.Descriptor, error) {
-	r, err := parse(ref)
+	r, err := c.parse(ref)
 	if err != nil {
 		return ocispec.Descriptor{}, err
 	}
@@ -205,7 +207,7 @@ func (c *Client) Trusting(refs ...string) (*Client, error) {
 		if err != nil {
 			return nil, err
 		}
-		o.Insecure = append(o.Insecure, n.domain)
+		o.Insecure = append(o.Insecure, c.origin(n).host)
 	}
 	t := Open(o)
 	t.retry.base = c.retry.base

@@ -28,8 +28,9 @@ const patience = time.Minute
 type retrying struct {
 	strict, lax *http.Transport
 	plain       map[string]bool
-	certs       []string      // directories with certificates by host
-	base        time.Duration // the first wait
+	certs       []string         // directories with certificates by host
+	hosts       map[string]trust // what is configured beside them
+	base        time.Duration    // the first wait
 
 	mu  sync.Mutex
 	own map[string]*http.Transport // by host
@@ -77,7 +78,9 @@ func (t *retrying) RoundTrip(req *http.Request) (*http.Response, error) {
 }
 
 // clear reports whether a host may be spoken to without encryption.
-func (t *retrying) clear(host string) bool { return t.plain[host] || loopback(host) }
+func (t *retrying) clear(host string) bool {
+	return t.plain[host] || t.hosts[host].plain || loopback(host)
+}
 
 // wait returns how long to wait after the given try, and false if the registry asks for more than we have
 // patience for.

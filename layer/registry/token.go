@@ -47,7 +47,11 @@ func (s *signing) RoundTrip(req *http.Request) (*http.Response, error) {
 		return nil, err
 	}
 	resp, err := s.next.RoundTrip(req)
-	if err != nil || resp.StatusCode != http.StatusUnauthorized || s.realm == "" || !again(req) {
+	if err != nil || resp.StatusCode != http.StatusUnauthorized || s.realm == "" {
+		return resp, err
+	}
+	if !again(req) {
+		s.drop(token)
 		return resp, err
 	}
 	resp.Body.Close() // the token has run out
@@ -81,6 +85,15 @@ func (s *signing) authorize(req *http.Request, not string) (string, error) {
 	}
 	req.Header.Set("Authorization", "Bearer "+s.token)
 	return s.token, nil
+}
+
+// drop forgets a token that did not do, so that the next request gets another.
+func (s *signing) drop(token string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.token == token {
+		s.token = ""
+	}
 }
 
 func (s *signing) basic(req *http.Request) {

@@ -1,0 +1,394 @@
+package registry
+
+import (
+	"bytes"
+	"context"
+	"encoding/base64"
+	"errors"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"net/url"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+)
+
+// distribution starts the distribution registry and returns its address.
+func distribution(t *testing.T) string {
+	t.Helper()
+	path, err := exec.LookPath("docker-registry")
+	if err != nil {
+		t.Skip("the distribution registry is not installed (Debian: docker-registry)")
+	}
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	addr := l.Addr().String()
+	l.Close()
+	dir := t.TempDir()
+	config := filepath.Join(dir, "config.yml")
+	text := fmt.Sprintf("version: 0.1\nlog: {level: error, accesslog: {disabled: true}}\nstorage: {filesystem: {rootdirectory: %s}}\nhttp: {addr: %s}\n", dir, addr)
+	if err := os.WriteFile(config, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.Command(path, "serve", config)
+	cmd.Env = append(os.Environ(), "OTEL_TRACES_EXPORTER=none")
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		cmd.Process.Kill()
+		cmd.Wait()
+	})
+	for range 500 {
+		if resp, err := http.Get("http://" + addr + "/v2/"); err == nil {
+			resp.Body.Close()
+			return addr
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+	t.Fatal("the registry does not start")
+	return ""
+}
+
+// faults stands before a registry and spoils, by chance but never more often in a row than a client must bear, what
+// goes through it.
+type faults struct {
+	upstream string
+	auth     string // "", "basic" or "token"
+	host     string
+
+	mu   sync.Mutex
+	rand *rand.Rand
+	row  map[string]int // faults in a row by method and path
+	left map[string]int // requests that a token still does
+	seen map[string]int
+}
+
+func spoiling(t *testing.T, upstream, auth string, seed uint64) *faults {
+	f := &faults{upstream: upstream, auth: auth, rand: rand.New(rand.NewPCG(seed, seed)), row: map[string]int{}, left: map[string]int{}, seen: map[string]int{}}
+	srv := httptest.NewUnstartedServer(f)
+	srv.Config.ErrorLog = nil
+	srv.Start()
+	t.Cleanup(srv.Close)
+	f.host = strings.TrimPrefix(srv.URL, "http://")
+	return f
+}
+
+// fault picks what happens to a request.
+func (f *faults) fault(r *http.Request) string {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	key, inRow := r.Method+" "+r.URL.Path, 3
+	switch r.Method { // a body that breaks takes more than its own request to send again
+	case http.MethodPut:
+		key, inRow = r.Method+" "+r.URL.Query().Get("digest")+r.URL.Path[:len("/v2/fault/r0")], 2
+	case http.MethodPatch, http.MethodPost, http.MethodDelete:
+		inRow = 1
+	}
+	kinds := []string{"reset", "500", "503", "429", "slow"}
+	switch {
+	case r.Method == http.MethodGet:
+		kinds = append(kinds, "cut", "cut", "cut")
+	case r.Method == http.MethodPut || r.Method == http.MethodPatch:
+		kinds = append(kinds, "half", "half", "half", "unheard")
+	}
+	if f.row[key] >= inRow || f.rand.IntN(100) >= 35 {
+		f.row[key] = 0
+		return ""
+	}
+	f.row[key]++
+	kind := kinds[f.rand.IntN(len(kinds))]
+	f.seen[kind]++
+	return kind
+}
+
+// allowed checks the authorization; tokens run out after a few requests.
+func (f *faults) allowed(w http.ResponseWriter, r *http.Request) bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	got := r.Header.Get("Authorization")
+	basic := "Basic " + base64.StdEncoding.EncodeToString([]byte("u:p"))
+	switch {
+	case f.auth == "":
+		return true
+	case f.auth == "basic" && got == basic:
+		return true
+	case f.auth == "basic":
+		w.Header().Set("WWW-Authenticate", `Basic realm="x"`)
+	case r.URL.Path == "/token":
+		if got != basic {
+			break
+		}
+		token := fmt.Sprint("t", len(f.left))
+		f.left[token] = 25
+		fmt.Fprintf(w, `{"token":%q}`, token)
+		return false
+	case f.left[strings.TrimPrefix(got, "Bearer ")] > 0:
+		f.left[strings.TrimPrefix(got, "Bearer ")]--
+		return true
+	default:
+		f.seen["expired"]++
+		w.Header().Set("WWW-Authenticate", fmt.Sprintf(`Bearer realm="http://%s/token",service="x"`, f.host))
+	}
+	w.WriteHeader(http.StatusUnauthorized)
+	return false
+}
+
+func (f *faults) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	if !f.allowed(w, r) {
+		return
+	}
+	kind := f.fault(r)
+	switch kind {
+	case "reset":
+		drop(w)
+		return
+	case "500":
+		w.WriteHeader(http.StatusInternalServerError)
+		return
+	case "503":
+		w.WriteHeader(http.StatusServiceUnavailable)
+		return
+	case "429":
+		w.Header().Set("Retry-After", "0")
+		w.WriteHeader(http.StatusTooManyRequests)
+		return
+	case "slow":
+		time.Sleep(2 * time.Millisecond)
+	}
+	f.forward(w, r, kind)
+}
+
+// drop closes the connection.
+func drop(w http.ResponseWriter) {
+	if c, _, err := w.(http.Hijacker).Hijack(); err == nil {
+		c.(*net.TCPConn).SetLinger(0)
+		c.Close()
+	}
+}
+
+func (f *faults) forward(w http.ResponseWriter, r *http.Request, kind string) {
+	var body io.Reader = r.Body
+	if kind == "half" {
+		body = io.MultiReader(io.LimitReader(r.Body, r.ContentLength/2), breaking{})
+	}
+	req, err := http.NewRequest(r.Method, "http://"+f.upstream+r.URL.RequestURI(), body)
+	if err != nil {
+		drop(w)
+		return
+	}
+	req.Header, req.ContentLength = r.Header.Clone(), r.ContentLength
+	req.Header.Del("Authorization")
+	resp, err := http.DefaultTransport.RoundTrip(req)
+	if err != nil || kind == "unheard" {
+		if err == nil {
+			resp.Body.Close()
+		}
+		drop(w)
+		return
+	}
+	defer resp.Body.Close()
+	for k, v := range resp.Header {
+		w.Header()[k] = v
+	}
+	if at, err := url.Parse(resp.Header.Get("Location")); err == nil && at.Host != "" {
+		at.Host = f.host
+		w.Header().Set("Location", at.String())
+	}
+	w.WriteHeader(resp.StatusCode)
+	if kind == "cut" && resp.ContentLength > 1 {
+		io.CopyN(w, resp.Body, resp.ContentLength/2)
+		w.(http.Flusher).Flush()
+		drop(w)
+		return
+	}
+	io.Copy(w, resp.Body)
+}
+
+// breaking is a connection that breaks.
+type breaking struct{}
+
+func (breaking) Read([]byte) (int, error) { return 0, errors.New("broken") }
+
+// credentialsFor makes Docker's configuration hold u:p for a host.
+func credentialsFor(t *testing.T, host string) {
+	t.Helper()
+	dir := t.TempDir()
+	t.Setenv("DOCKER_CONFIG", dir)
+	text := fmt.Sprintf(`{"auths":{%q:{"auth":%q}}}`, host, base64.StdEncoding.EncodeToString([]byte("u:p")))
+	if err := os.WriteFile(filepath.Join(dir, "config.json"), []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// An image of some blobs, made from a number.
+func imageOf(n int) (blobs [][]byte) {
+	r := rand.New(rand.NewPCG(7, uint64(n)))
+	for range 3 {
+		b := make([]byte, 1+r.IntN(60_000))
+		for i := 0; i+8 <= len(b); i += 8 {
+			v := r.Uint64()
+			for j := range 8 {
+				b[i+j] = byte(v >> (8 * j))
+			}
+		}
+		blobs = append(blobs, b)
+	}
+	return append(blobs, []byte(fmt.Sprintf(`{"n":%d}`, n)))
+}
+
+func manifestOf(blobs [][]byte) []byte {
+	config := blobs[len(blobs)-1]
+	var layers []string
+	for _, b := range blobs[:len(blobs)-1] {
+		d := blobOf(b)
+		layers = append(layers, fmt.Sprintf(`{"mediaType":%q,"digest":%q,"size":%d}`, d.MediaType, d.Digest, d.Size))
+	}
+	d := blobOf(config)
+	return []byte(fmt.Sprintf(`{"schemaVersion":2,"mediaType":"application/vnd.oci.image.manifest.v1+json","config":{"mediaType":"application/vnd.oci.image.config.v1+json","digest":%q,"size":%d},"layers":[%s]}`,
+		d.Digest, d.Size, strings.Join(layers, ",")))
+}
+
+// 200 pushes and 200 pulls through a network that breaks all the time: none is wrong, none fails.
+func TestThroughFaults(t *testing.T) {
+	upstream := distribution(t)
+	for i, auth := range []string{"", "basic", "token"} {
+		t.Run("auth "+auth, func(t *testing.T) {
+			f := spoiling(t, upstream, auth, uint64(i+1))
+			credentialsFor(t, f.host)
+			begin, n := i*70, 70
+			if i == 2 {
+				n = 60
+			}
+			each(t, begin, n, func(ctx context.Context, i int) error { return pushImage(ctx, f.host, i) })
+			credentialsFor(t, "nobody.example") // the registry itself wants none
+			clean := open(Options{})
+			each(t, begin, n, func(ctx context.Context, i int) error { return pullImage(ctx, clean, upstream, i) })
+			credentialsFor(t, f.host)
+			each(t, begin, n, func(ctx context.Context, i int) error { return pullImage(ctx, open(Options{}), f.host, i) })
+			t.Logf("faults: %v", f.seen)
+		})
+	}
+}
+
+func each(t *testing.T, begin, n int, do func(context.Context, int) error) {
+	t.Helper()
+	g, ctx := errgroup.WithContext(t.Context())
+	g.SetLimit(12)
+	for i := begin; i < begin+n; i++ {
+		g.Go(func() error {
+			if err := do(ctx, i); err != nil {
+				return fmt.Errorf("image %d: %w", i, err)
+			}
+			return nil
+		})
+	}
+	if err := g.Wait(); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func refOf(host string, i int) string { return fmt.Sprintf("%s/fault/r%d:t%d", host, i%5, i) }
+
+func pushImage(ctx context.Context, host string, i int) error {
+	c := open(Options{})
+	blobs := imageOf(i)
+	g, gctx := errgroup.WithContext(ctx)
+	for _, b := range blobs {
+		g.Go(func() error { return c.PushBlob(gctx, refOf(host, i), blobOf(b), nil, opener(b)) })
+	}
+	if err := g.Wait(); err != nil {
+		return err
+	}
+	m := manifestOf(blobs)
+	d := blobOf(m)
+	d.MediaType = "application/vnd.oci.image.manifest.v1+json"
+	return c.PushManifest(ctx, refOf(host, i), d, m)
+}
+
+func pullImage(ctx context.Context, c *Client, host string, i int) error {
+	blobs := imageOf(i)
+	d, data, err := c.Manifest(ctx, refOf(host, i), "")
+	if err != nil {
+		return err
+	}
+	if !bytes.Equal(data, manifestOf(blobs)) {
+		return fmt.Errorf("another manifest, %s", d.Digest)
+	}
+	for j, b := range blobs {
+		r, err := c.Blob(ctx, refOf(host, i), blobOf(b))
+		if err != nil {
+			return err
+		}
+		got, err := io.ReadAll(r)
+		r.Close()
+		if err != nil {
+			return err
+		}
+		if !bytes.Equal(got, b) {
+			return fmt.Errorf("blob %d is wrong", j)
+		}
+	}
+	return nil
+}
+
+// An upload that breaks goes on where the registry says that it stopped. The distribution registry never says, so the
+// server here is one that does what the specification has.
+func TestUploadGoesOn(t *testing.T) {
+	var mu sync.Mutex
+	var have []byte
+	var log []string
+	srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		mu.Lock()
+		defer mu.Unlock()
+		log = append(log, strings.TrimSpace(r.Method+" "+r.Header.Get("Content-Range")))
+		w.Header().Set("Location", "/v2/a/blobs/uploads/1")
+		w.Header().Set("Range", fmt.Sprintf("0-%d", max(len(have), 1)-1))
+		switch r.Method {
+		case http.MethodHead:
+			w.WriteHeader(http.StatusNotFound)
+		case http.MethodPost:
+			w.WriteHeader(http.StatusAccepted)
+		case http.MethodGet:
+			if r.URL.Path != "/v2/" {
+				w.WriteHeader(http.StatusNoContent)
+			}
+		case http.MethodPatch, http.MethodPut:
+			if len(have) < 3<<20 { // two connections break
+				part, _ := io.ReadAll(io.LimitReader(r.Body, 3<<19))
+				have = append(have, part...)
+				drop(w)
+				return
+			}
+			part, _ := io.ReadAll(r.Body)
+			have = append(have, part...)
+			w.WriteHeader(map[string]int{http.MethodPatch: http.StatusAccepted, http.MethodPut: http.StatusCreated}[r.Method])
+		}
+	}))
+	t.Cleanup(srv.Close)
+	credentialsFor(t, "nobody.example")
+	data := bytes.Repeat([]byte("0123456789abcdef"), 1<<18)
+	ref := strings.TrimPrefix(srv.URL, "http://") + "/a:1"
+	if err := open(Options{}).PushBlob(t.Context(), ref, blobOf(data), nil, opener(data)); err != nil {
+		t.Fatal(err)
+	}
+	if !bytes.Equal(have, data) {
+		t.Errorf("%d bytes arrived, want the %d that were sent", len(have), len(data))
+	}
+	want := "GET, HEAD, POST, PUT, GET, PATCH 1572864-4194303, GET, PATCH 3145728-4194303, PUT"
+	if got := strings.Join(log, ", "); got != want {
+		t.Errorf("asked %s, want %s", got, want)
+	}
+}
