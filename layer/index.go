@@ -18,15 +18,19 @@ import (
 	"sort"
 	"strings"
 	"sync"
+	"unsafe"
 
 	"github.com/opencontainers/go-digest"
+	"golang.org/x/sys/unix"
 )
 
 // An index file is
 //
-//	"filoidx1"              magic and version
+//	"filoidx2"              magic and version
 //	uint32                  CRC-32C of all that follows
 //	uint32 n                number of records
+//	uint32                  how many bytes the implied directories take
+//	implied directories     see impliedDirs
 //	n × uint32              where each record starts, counted from the first
 //	records                 in canonical order
 //
@@ -34,9 +38,12 @@ import (
 // varints and length-prefixed strings. Only a record that is asked for is
 // decoded, and its strings share the file's memory: base images have hundreds
 // of thousands of entries of which a build reads a few.
+//
+// That holds for the file as well: a big one that was found whole since the
+// last boot (index.whole says so) is mapped and not read through again.
 const (
-	indexMagic  = "filoidx1"
-	indexHeader = len(indexMagic) + 8
+	indexMagic  = "filoidx2"
+	indexHeader = len(indexMagic) + 12
 )
 
 var castagnoli = crc32.MakeTable(crc32.Castagnoli)
@@ -88,13 +95,73 @@ func (s *Store) cacheIndex(l Layer, x *index) {
 // loadIndex reads the index file of l. A damaged file is an error that wraps
 // errDamagedIndex.
 func (s *Store) loadIndex(l Layer) (*index, error) {
-	x, err := readIndex(filepath.Join(s.layerDir(l), "index"))
+	x, err := s.openIndex(filepath.Join(s.layerDir(l), "index"))
 	if err != nil {
 		return nil, err
 	}
 	s.cacheIndex(l, x)
 	s.touch(s.layerDir(l))
 	return x, nil
+}
+
+// mappedIndex is the size from which it is cheaper to map an index than to read it.
+const mappedIndex = 1 << 20
+
+func (s *Store) openIndex(path string) (*index, error) {
+	info, err := os.Stat(path)
+	if err != nil || info.Size() < mappedIndex {
+		return readIndex(path)
+	}
+	seal, err := s.seal(path)
+	if err != nil {
+		return readIndex(path)
+	}
+	if known, err := os.ReadFile(path + ".whole"); err == nil && string(known) == seal {
+		if x, err := mapIndex(path); err == nil {
+			return x, nil
+		}
+	}
+	x, err := readIndex(path)
+	if err != nil {
+		return nil, err
+	}
+	if again, err := s.seal(path); err == nil && again == seal {
+		_ = s.putFile(path+".whole", []byte(seal)) // else the next process looks through it again
+	}
+	return x, nil
+}
+
+// seal names a file's state: what is written to it changes its times, and a
+// power cut comes with a new boot.
+func (s *Store) seal(path string) (string, error) {
+	var st unix.Stat_t
+	if err := unix.Stat(path, &st); err != nil {
+		return "", err
+	}
+	if s.origin.Boot == "" {
+		return "", errors.New("boot is not known")
+	}
+	return fmt.Sprintln(s.origin.Boot, st.Dev, st.Ino, st.Size, st.Mtim, st.Ctim), nil
+}
+
+// mapIndex maps an index that is known to be whole. It stays mapped: what was
+// read of it may be in use for as long as the process lives. Nobody shortens
+// the file, it is only ever replaced.
+func mapIndex(path string) (*index, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	info, err := f.Stat()
+	if err != nil {
+		return nil, err
+	}
+	b, err := unix.Mmap(int(f.Fd()), 0, int(info.Size()), unix.PROT_READ, unix.MAP_PRIVATE)
+	if err != nil {
+		return nil, err
+	}
+	return splitIndex(unsafe.String(unsafe.SliceData(b), len(b)))
 }
 
 func readIndex(path string) (*index, error) {
@@ -120,18 +187,37 @@ func readIndex(path string) (*index, error) {
 }
 
 func parseIndex(text string) (*index, error) {
-	if len(text) < indexHeader || text[:len(indexMagic)] != indexMagic {
+	if len(text) < indexHeader {
 		return nil, errDamagedIndex
 	}
 	if fixed32(text[len(indexMagic):]) != sumString(text[len(indexMagic)+4:]) {
 		return nil, errDamagedIndex
 	}
-	n := uint64(fixed32(text[len(indexMagic)+4:]))
-	rest := text[indexHeader:]
-	if n*4 > uint64(len(rest)) {
+	return splitIndex(text)
+}
+
+// splitIndex is parseIndex without the checksum.
+func splitIndex(text string) (*index, error) {
+	if len(text) < indexHeader || text[:len(indexMagic)] != indexMagic {
 		return nil, errDamagedIndex
 	}
-	return &index{table: rest[:n*4], records: rest[n*4:]}, nil
+	n := uint64(fixed32(text[len(indexMagic)+4:]))
+	implied := uint64(fixed32(text[len(indexMagic)+8:]))
+	rest := text[indexHeader:]
+	if n*4+implied > uint64(len(rest)) {
+		return nil, errDamagedIndex
+	}
+	x := &index{table: rest[implied : implied+n*4], records: rest[implied+n*4:]}
+	d := decoder{rest: rest[:implied]}
+	x.impliedOnce.Do(func() {
+		for d.rest != "" && !d.bad {
+			x.implied = append(x.implied, d.text())
+		}
+	})
+	if d.bad {
+		return nil, errDamagedIndex
+	}
+	return x, nil
 }
 
 func sumString(s string) uint32 {
@@ -151,10 +237,16 @@ func fixed32(s string) uint32 {
 
 // encode is the index as a file.
 func (x *index) encode() []byte {
-	b := bytes.NewBuffer(make([]byte, 0, indexHeader+len(x.table)+len(x.records)))
+	var implied []byte
+	for _, dir := range x.impliedDirs() {
+		implied = appendText(implied, dir)
+	}
+	b := bytes.NewBuffer(make([]byte, 0, indexHeader+len(implied)+len(x.table)+len(x.records)))
 	b.WriteString(indexMagic)
 	b.Write(make([]byte, 4))
 	b.Write(binary.LittleEndian.AppendUint32(nil, uint32(x.len())))
+	b.Write(binary.LittleEndian.AppendUint32(nil, uint32(len(implied))))
+	b.Write(implied)
 	b.WriteString(x.table)
 	b.WriteString(x.records)
 	file := b.Bytes()
@@ -502,8 +594,12 @@ func (b *indexBuilder) finish() *index {
 func (s *Store) putIndex(l Layer, x *index) error {
 	path := filepath.Join(s.layerDir(l), "index")
 	if _, err := readIndex(path); err != nil {
-		if err := s.putFile(path, x.encode()); err != nil {
+		data := x.encode()
+		if err := s.putFile(path, data); err != nil {
 			return fmt.Errorf("store index of %s: %w", l.DiffID, err)
+		}
+		if seal, err := s.seal(path); err == nil && len(data) >= mappedIndex {
+			_ = s.putFile(path+".whole", []byte(seal))
 		}
 	}
 	s.cacheIndex(l, x)

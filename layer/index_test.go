@@ -302,3 +302,42 @@ func BenchmarkIndexAll(b *testing.B) {
 		}
 	}
 }
+
+func TestBigIndexIsMappedOnlyIfWhole(t *testing.T) {
+	s := newStore(t)
+	var b indexBuilder
+	for i := range mappedIndex / 32 {
+		if err := b.add(Entry{Path: fmt.Sprintf("dir%07d/file", i), Type: Symlink, Link: "x"}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	l := Layer{DiffID: digest.FromString("big")}
+	if err := s.putIndex(l, b.finish()); err != nil {
+		t.Fatal(err)
+	}
+	path := filepath.Join(s.layerDir(l), "index")
+	if _, err := os.Stat(path + ".whole"); err != nil {
+		t.Error(err)
+	}
+	x, err := s.openIndex(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got, want := slices.Collect(x.all()), slices.Collect(b.finish().all()); !cmp.Equal(got, want) {
+		t.Errorf("%d mapped entries differ from %d", len(got), len(want))
+	}
+	if got := len(x.impliedDirs()); got != x.len() {
+		t.Errorf("%d implied directories, want %d", got, x.len())
+	}
+	f, err := os.OpenFile(path, os.O_WRONLY, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := f.WriteAt([]byte("damage"), mappedIndex); err != nil {
+		t.Fatal(err)
+	}
+	f.Close()
+	if _, err := s.openIndex(path); !errors.Is(err, errDamagedIndex) {
+		t.Errorf("damaged after it was found whole: got %v, want %v", err, errDamagedIndex)
+	}
+}
