@@ -36,7 +36,7 @@ type Builder struct {
 	Registry *registry.Client
 	Now      func() time.Time // for "created" where no epoch is given
 	Emit     func(Event)      // called from several goroutines; nil drops events
-	Jobs     int              // steps done at once; 0 is the number of cores
+	Jobs     int              // steps done at once; 0 is four for each core: many do nothing but wait
 
 	// Recall asks shared caches for what the local one lacks. A layer that it names it has promised to Store.
 	// Whatever goes wrong is an absence. nil asks nobody.
@@ -149,7 +149,7 @@ type Event struct {
 func (b *Builder) Build(ctx context.Context, req Request) (Result, error) {
 	jobs := b.Jobs
 	if jobs == 0 {
-		jobs = runtime.GOMAXPROCS(0)
+		jobs = 4 * runtime.GOMAXPROCS(0)
 	}
 	bd := &build{Builder: b, req: req, jobs: semaphore.NewWeighted(int64(jobs)), bases: newOnce[baseKey, *image.Image](), files: newOnce[string, *cache.Files](), steps: newOnce[cache.Key, memory]()}
 	return bd.run(ctx)

@@ -123,7 +123,7 @@ func (f *stepFlags) register(fs *pflag.FlagSet) {
 	fs.StringSliceVar(&f.allow, "allow", nil, "allow a step to ask for `network.host` or security.insecure")
 	fs.BoolVar(&f.verify, "verify", false, "do steps that the cache has anew and compare: a cache check, not faster")
 	fs.BoolVar(&f.explain, "explain", false, "print every input of every cache key")
-	fs.IntVarP(&f.jobs, "jobs", "j", 0, "steps done at once (default the number of cores)")
+	fs.IntVarP(&f.jobs, "jobs", "j", 0, "steps done at once (default four for each core)")
 	fs.StringArrayVar(&f.resource, "resource", nil, "resource limits of RUN (not supported yet)")
 }
 
