@@ -22,7 +22,7 @@
 // Start at [Open]. writer.go makes layers, unpack.go reads foreign ones,
 // blob.go holds the compressed side, tree.go the unpacked one, index.go the
 // entry list, view.go stacks indexes, overlay.go and snapshot.go serve RUN,
-// prune.go throws away.
+// storage.go does so without overlays, prune.go throws away.
 package layer
 
 import (
@@ -63,12 +63,14 @@ func ChainID(layers []Layer) digest.Digest {
 // Store holds layers and blobs in one directory. Its methods may be called
 // from any number of goroutines and processes.
 type Store struct {
-	dir    string
-	single bool
-	held   *os.File // shared lock on <dir>/lock: keeps Prune of other processes away
-	tmp    string   // this process's directory below tmp/
-	tmpFD  *os.File // exclusive lock on tmp: says that its owner lives
-	origin treeOrigin
+	dir     string
+	single  bool
+	storage Storage
+	pool    pool     // of merged directories
+	held    *os.File // shared lock on <dir>/lock: keeps Prune of other processes away
+	tmp     string   // this process's directory below tmp/
+	tmpFD   *os.File // exclusive lock on tmp: says that its owner lives
+	origin  treeOrigin
 
 	mu       sync.Mutex
 	indexes  map[digest.Digest]*index
@@ -80,7 +82,8 @@ type Store struct {
 
 // Options of [Open].
 type Options struct {
-	SingleID bool // ownership can't be put on disk: EPERM from chown and mknod is ignored, the index keeps the truth
+	SingleID bool    // ownership can't be put on disk: EPERM from chown and mknod is ignored, the index keeps the truth
+	Storage  Storage // "" is StorageOverlay
 }
 
 const readme = `This directory belongs to filo, a builder of container images.
@@ -108,7 +111,7 @@ func Open(dir string, o Options) (*Store, error) {
 		return nil, fmt.Errorf("open store: %w", err)
 	}
 	s := &Store{
-		dir: dir, single: o.SingleID,
+		dir: dir, single: o.SingleID, storage: o.Storage,
 		indexes:  map[digest.Digest]*index{},
 		promises: map[digest.Digest][]promise{},
 		promised: map[digest.Digest]Layer{},
@@ -132,6 +135,11 @@ func Open(dir string, o Options) (*Store, error) {
 		return nil, fmt.Errorf("open store %s: %w", dir, err)
 	}
 	s.origin = newTreeOrigin(o.SingleID)
+	s.origin.Plain = s.merges()
+	if err := s.checkStorage(); err != nil {
+		s.Close()
+		return nil, fmt.Errorf("open store %s: %w", dir, err)
+	}
 	return s, nil
 }
 

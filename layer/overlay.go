@@ -28,16 +28,21 @@ type Overlay struct {
 	Lower []string // highest first, never empty
 	Upper string
 	Work  string
+	Root  string // with other storage than overlay, instead of all these: a directory with the files of all layers, to be changed in place
 
-	dir   string
-	view  *View
-	stubs map[string]Entry // what the top lower has that no layer has
+	dir    string
+	view   *View
+	stubs  map[string]Entry // what the top lower has that no layer has
+	merged *merged          // of which Root is; nil after Snapshot
 }
 
 // Overlay unpacks the layers, lowest first, that are not unpacked yet, side by side, and
 // makes an upper directory for them. Mount points that the layers lack are put in an extra
 // top lower directory, so that they never show up in the upper. No layers are fine.
 func (s *Store) Overlay(ctx context.Context, layers []Layer, points []MountPoint) (*Overlay, error) {
+	if s.merges() {
+		return s.mergedOverlay(ctx, layers, points)
+	}
 	trees, err := s.trees(ctx, layers)
 	if err != nil {
 		return nil, err
@@ -62,6 +67,9 @@ func (s *Store) Overlay(ctx context.Context, layers []Layer, points []MountPoint
 
 // Close throws the upper directory away, unless it became a layer. It may be called again.
 func (o *Overlay) Close() error {
+	if o.Root != "" {
+		return o.closeMerged()
+	}
 	if err := removeAll(o.dir); err != nil {
 		return fmt.Errorf("remove overlay: %w", err)
 	}

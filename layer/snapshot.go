@@ -19,6 +19,9 @@ import (
 // topmost path that is gone. The directories that lead to an entry are entries themselves.
 // Files that are hard links of each other stay so.
 func (s *Store) Snapshot(ctx context.Context, o *Overlay, sinks Sinks) (Layer, error) {
+	if o.Root != "" {
+		return s.snapshotMerged(ctx, o, sinks)
+	}
 	root, err := rootfs.Open(o.Upper)
 	if err != nil {
 		return Layer{}, fmt.Errorf("snapshot: %w", err)
@@ -56,6 +59,9 @@ func (o *Overlay) isStub(p string) bool {
 
 // nsec is the fraction of the mtime of the lower file at p.
 func (o *Overlay) nsec(p string) (int64, bool) {
+	if o.merged != nil {
+		return o.merged.nsec(p)
+	}
 	_, i, ok := o.view.lookup(p)
 	if !ok || i < 0 {
 		return 0, false

@@ -48,6 +48,7 @@ type treeOrigin struct {
 	Boot   string `json:"boot"`
 	IDs    string `json:"ids"`
 	Single bool   `json:"singleID,omitempty"`
+	Plain  bool   `json:"plain,omitempty"` // without whiteouts and opaque marks: of no use in an overlay
 }
 
 func newTreeOrigin(single bool) treeOrigin {
@@ -103,7 +104,10 @@ func (s *Store) adoptTree(l Layer, x *index) error {
 	if err == nil && (made.IDs != s.origin.IDs || made.Single != s.origin.Single) {
 		return errors.New("tree has owners of another id map")
 	}
-	if err := checkTree(s.treePath(l), x); err != nil {
+	if made.Plain && !s.origin.Plain {
+		return errors.New("tree does not say what the layer deletes")
+	}
+	if err := checkTree(s.treePath(l), x, made.Plain); err != nil {
 		return err
 	}
 	return s.markTree(l)
@@ -122,7 +126,7 @@ func (s *Store) markTree(l Layer) error {
 }
 
 // checkTree compares types and sizes.
-func checkTree(dir string, x *index) error {
+func checkTree(dir string, x *index, plain bool) error {
 	root, err := rootfs.Open(dir)
 	if err != nil {
 		return err
@@ -134,7 +138,7 @@ func checkTree(dir string, x *index) error {
 	}
 	defer dirs.close()
 	for e := range x.all() {
-		if e.Type == Opaque {
+		if e.Type == Opaque || plain && e.Type == Whiteout {
 			continue
 		}
 		parent, err := dirs.open(path.Dir(e.Path), false)
@@ -293,6 +297,7 @@ type tree struct {
 	root   *rootfs.Root
 	dirs   *dirStack
 	single bool
+	plain  bool
 }
 
 func (s *Store) newTree(dir string) (*tree, error) {
@@ -308,7 +313,7 @@ func (s *Store) newTree(dir string) (*tree, error) {
 		root.Close()
 		return nil, err
 	}
-	return &tree{root: root, dirs: dirs, single: s.single}, nil
+	return &tree{root: root, dirs: dirs, single: s.single, plain: s.merges()}, nil
 }
 
 func (t *tree) close() {
@@ -442,6 +447,9 @@ func (t *tree) finish(x *index) error {
 	}
 	rooted := false
 	for e := range x.all() {
+		if t.plain && (e.Type == Opaque || e.Type == Whiteout) {
+			continue
+		}
 		if e.Type == Opaque {
 			if err := t.makeOpaque(e.Path); err != nil {
 				return fmt.Errorf("make %s opaque: %w", e.Path, err)

@@ -24,6 +24,7 @@ import (
 // need is what of a layer is wanted besides its index.
 type need struct {
 	tree bool
+	into string        // where the tree goes instead of into the store; a new directory
 	blob digest.Digest // a promised one; "" for none
 }
 
@@ -36,7 +37,7 @@ func (s *Store) obtain(ctx context.Context, l Layer, n need) error {
 	}
 	defer unlock()
 	x, _ := s.loadIndex(l)
-	if x != nil && n.tree && !s.hasTree(l) && s.adoptTree(l, x) == nil {
+	if x != nil && n.into == "" && s.wantsTree(l, n) && s.adoptTree(l, x) == nil {
 		n.tree = false
 	}
 	if s.fulfilled(l, n, x) {
@@ -53,8 +54,24 @@ func (s *Store) obtain(ctx context.Context, l Layer, n need) error {
 	return nil
 }
 
+// wantsTree says whether a tree has to be made for n.
+func (s *Store) wantsTree(l Layer, n need) bool {
+	return n.tree && (n.into != "" || !s.hasTree(l))
+}
+
+func (s *Store) placeTree(l Layer, n need, dir string) error {
+	if n.into == "" {
+		return s.putTree(l, dir)
+	}
+	err := os.Rename(dir, n.into)
+	if errors.Is(err, fs.ErrPermission) {
+		err = moveReadOnly(dir, n.into)
+	}
+	return err
+}
+
 func (s *Store) fulfilled(l Layer, n need, x *index) bool {
-	if x == nil || n.tree && !s.hasTree(l) {
+	if x == nil || s.wantsTree(l, n) {
 		return false
 	}
 	if n.blob == "" {
@@ -67,7 +84,7 @@ func (s *Store) fulfilled(l Layer, n need, x *index) bool {
 // obtainFrom tries stored blobs, promised ones and an untrusted tree, in this
 // order.
 func (s *Store) obtainFrom(ctx context.Context, l Layer, n need, x *index, dir string) error {
-	if n.tree && !s.hasTree(l) {
+	if n.into == "" && s.wantsTree(l, n) {
 		s.dropTree(l, dir)
 	}
 	var failed error
@@ -82,7 +99,7 @@ func (s *Store) obtainFrom(ctx context.Context, l Layer, n need, x *index, dir s
 		failed = errors.Join(failed, err)
 		removeAll(filepath.Join(dir, "new"))
 	}
-	if n.blob == "" {
+	if n.blob == "" && n.into == "" {
 		if err := s.obtainFromTree(ctx, l, x, filepath.Join(dir, "old")); err == nil {
 			return nil
 		} else if !errors.Is(err, fs.ErrNotExist) {
@@ -155,7 +172,7 @@ func (s *Store) obtainBlob(ctx context.Context, l Layer, n need, o origin, dir s
 		}
 		defer u.blob.Close()
 	}
-	if n.tree && !s.hasTree(l) {
+	if s.wantsTree(l, n) {
 		if u.tree, err = s.newTree(filepath.Join(dir, "tree")); err != nil {
 			return err
 		}
@@ -167,15 +184,15 @@ func (s *Store) obtainBlob(ctx context.Context, l Layer, n need, o origin, dir s
 	if sum := digest.NewDigest(digest.SHA256, u.diff); sum != l.DiffID {
 		return fmt.Errorf("blob %s: holds the layer %s", o.desc.Digest, sum)
 	}
-	return s.putUnpacked(ctx, l, u, dir)
+	return s.putUnpacked(ctx, l, n, u, dir)
 }
 
-func (s *Store) putUnpacked(ctx context.Context, l Layer, u *unpacking, dir string) error {
+func (s *Store) putUnpacked(ctx context.Context, l Layer, n need, u *unpacking, dir string) error {
 	if u.tree != nil {
 		if err := u.tree.finish(u.index); err != nil {
 			return err
 		}
-		if err := s.putTree(l, filepath.Join(dir, "tree")); err != nil {
+		if err := s.placeTree(l, n, filepath.Join(dir, "tree")); err != nil {
 			return err
 		}
 	}

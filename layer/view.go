@@ -408,11 +408,12 @@ func (d *viewDir) ReadDir(n int) ([]fs.DirEntry, error) {
 // viewFile is an open file of a View. What has to be unpacked to read it is unpacked by the
 // first read: most files are only opened to be asked for their attributes.
 type viewFile struct {
-	info   fileInfo
-	view   *View
-	layer  int
-	file   *os.File
-	closed bool
+	info    fileInfo
+	view    *View
+	layer   int
+	file    *os.File
+	release func() // of the merged directory it is in; nil for a tree
+	closed  bool
 }
 
 func (f *viewFile) Stat() (fs.FileInfo, error) {
@@ -461,6 +462,9 @@ func (f *viewFile) Close() error {
 	if f.file == nil {
 		return nil
 	}
+	if f.release != nil {
+		f.release()
+	}
 	return f.file.Close()
 }
 
@@ -472,6 +476,9 @@ func (f *viewFile) open() error {
 		return nil
 	case f.info.e.Type != Regular:
 		return f.error("read", fs.ErrInvalid)
+	}
+	if f.file, f.release = f.view.openMerged(f.info.e, f.layer); f.file != nil {
+		return nil
 	}
 	tree, err := f.view.store.Tree(f.view.ctx, f.view.layers[f.layer])
 	if err != nil {

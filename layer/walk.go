@@ -28,6 +28,7 @@ type node struct {
 	emit     bool // an entry of the layer: it changed, or something inside it did
 	inUpper  bool // else it is a deletion that the upper says by an opaque directory
 	opaque   bool // a directory in which nothing of the lower layers shows
+	unread   bool // a directory of which only lstat was asked
 	inode    [2]uint64
 	links    uint32
 	nsec     int64   // of the mtime; the seconds are in ModTime
