@@ -41,7 +41,7 @@ var powers = map[string][]string{
 	"os/exec":               {"builder/sandbox", "builder/source"},
 	"os/signal":             {"cmd/filo"},
 	"net/http":              {"layer/registry", "builder/source"},
-	"unsafe":                {"builder/sandbox"},
+	"unsafe":                {"builder/sandbox", "layer"}, // layer: a mapped index as a string
 	"os.Getenv":             {"cmd/filo"},
 	"os.LookupEnv":          {"cmd/filo"},
 	"os.Environ":            {"cmd/filo"},
