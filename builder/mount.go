@@ -215,10 +215,29 @@ func (w *walk) cacheMount(ctx context.Context, m mount) (sandbox.Mount, func(), 
 		return sandbox.Mount{}, nil, fmt.Errorf("cache mount %s: %w", m.ID, err)
 	}
 	free := func() { lock.Unlock() }
-	if err := w.fill(ctx, dir, m); err != nil {
+	anew := w.req.NoCache && w.firstUse(dir)
+	if anew && !lock.Locked() {
+		if anew, err = alone(ctx, lock); err != nil {
+			return sandbox.Mount{}, free, fmt.Errorf("cache mount %s: %w", m.ID, err)
+		}
+		if !anew {
+			w.warn("cache mount %s: another build uses it, so it is not emptied", m.ID)
+		}
+	}
+	if err := w.fill(ctx, dir, m, anew); err != nil {
 		return sandbox.Mount{}, free, fmt.Errorf("cache mount %s: %w", m.ID, err)
 	}
 	return sandbox.Mount{Type: sandbox.Bind, Source: filepath.Join(dir, "data")}, free, nil
+}
+
+// alone makes a shared lock exclusive if nobody else holds it. If somebody does, it stays shared.
+func alone(ctx context.Context, lock *flock.Flock) (bool, error) {
+	ok, err := lock.TryLock()
+	if ok || err != nil {
+		return ok, err
+	}
+	_, err = lock.TryRLockContext(ctx, lockPause) // flock(2) gives the old lock up even if the new one is not to be had
+	return false, err
 }
 
 // claim returns the directory of a cache mount, locked as sharing says: "shared" with others, "locked" alone after
@@ -250,18 +269,18 @@ func (w *walk) claim(ctx context.Context, parent, id, sharing string) (string, *
 	}
 }
 
-// fill makes the data of a cache mount if it is new, or if the build is to use no cache.
-func (w *walk) fill(ctx context.Context, dir string, m mount) error {
+// fill makes the data of a cache mount if there is none, or makes it anew, and marks it as used now.
+func (w *walk) fill(ctx context.Context, dir string, m mount, anew bool) error {
 	data := filepath.Join(dir, "data")
 	unlock, err := w.Store.Lock(ctx, "mount-"+filepath.Base(dir))
 	if err != nil {
 		return err
 	}
 	defer unlock()
-	again := w.req.NoCache && w.firstUse(dir)
 	_, err = os.Lstat(data)
-	if err == nil && !again {
-		return nil
+	if err == nil && !anew {
+		now := w.Now()
+		return os.Chtimes(dir, now, now) // for pruning by age
 	}
 	if err != nil && !errors.Is(err, os.ErrNotExist) {
 		return err

@@ -192,10 +192,10 @@ func TestPrune(t *testing.T) {
 		t.Errorf("while another has it open: %+v, %v", p, err)
 	}
 	other.Close()
-	if p, err := s.Prune(t.Context(), PruneOptions{MinAge: time.Hour}); err != nil || p.Layers+p.Blobs > 0 {
+	if p, err := s.Prune(t.Context(), PruneOptions{Before: time.Now().Add(-time.Hour)}); err != nil || p.Layers+p.Blobs > 0 {
 		t.Errorf("young things: %+v, %v", p, err)
 	}
-	p, err := s.Prune(t.Context(), PruneOptions{Keep: []digest.Digest{kept.DiffID}, MinAge: -time.Hour})
+	p, err := s.Prune(t.Context(), PruneOptions{Keep: []digest.Digest{kept.DiffID}, Before: time.Now().Add(time.Hour)})
 	if err != nil || p.Layers != 1 || p.Blobs != 2 || p.Bytes == 0 || p.Busy {
 		t.Errorf("%+v, %v", p, err)
 	}
@@ -210,7 +210,7 @@ func TestPrune(t *testing.T) {
 	}
 	// The shared lock is back, and a second run finds nothing.
 	reopen(t, s.Dir()).Close()
-	p, err = s.Prune(t.Context(), PruneOptions{Keep: []digest.Digest{kept.DiffID}, MinAge: -time.Hour})
+	p, err = s.Prune(t.Context(), PruneOptions{Keep: []digest.Digest{kept.DiffID}, Before: time.Now().Add(time.Hour)})
 	if err != nil || p != (Pruned{}) {
 		t.Errorf("again: %+v, %v", p, err)
 	}

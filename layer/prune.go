@@ -8,6 +8,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"strings"
 	"time"
 
 	"github.com/opencontainers/go-digest"
@@ -18,7 +19,7 @@ import (
 // PruneOptions says what [Store.Prune] keeps besides what index.json reaches.
 type PruneOptions struct {
 	Keep   []digest.Digest // diff IDs, such as those of cache records
-	MinAge time.Duration   // what was used more recently stays
+	Before time.Time       // what was used later stays
 }
 
 // Pruned is what [Store.Prune] did.
@@ -28,6 +29,7 @@ type Pruned struct {
 	Layers int // indexes and trees of that many layers
 	Blobs  int
 	Temps  int // leftovers of dead processes
+	Mounts int // directories of RUN --mount=type=cache
 }
 
 // Prune removes layers and blobs that no image in index.json and nothing in
@@ -48,7 +50,7 @@ func (s *Store) Prune(ctx context.Context, o PruneOptions) (Pruned, error) {
 		return Pruned{}, fmt.Errorf("prune: %w", err)
 	}
 	defer flock(s.held, unix.LOCK_SH)
-	p := &pruning{s: s, ctx: ctx, before: time.Now().Add(-o.MinAge), layers: map[string]bool{}, blobs: map[string]bool{}}
+	p := &pruning{s: s, ctx: ctx, before: o.Before, layers: map[string]bool{}, blobs: map[string]bool{}}
 	for _, d := range o.Keep {
 		p.layers[hexOf(d)] = true
 	}
@@ -68,6 +70,25 @@ type pruning struct {
 }
 
 func (p *pruning) prune() error {
+	if err := p.markTagged(); err != nil {
+		return err
+	}
+	p.done.Temps, p.done.Bytes = sweep(filepath.Join(p.s.dir, "tmp"))
+	if err := p.sweepLayers(); err != nil {
+		return err
+	}
+	if err := p.sweepBlobs(); err != nil {
+		return err
+	}
+	if err := p.sweepMounts(); err != nil {
+		return err
+	}
+	// Nobody waits for a lock now, but for those that are held in this process.
+	return p.sweepLocks()
+}
+
+// markTagged keeps the images of index.json.
+func (p *pruning) markTagged() error {
 	data, err := os.ReadFile(filepath.Join(p.s.dir, "index.json"))
 	if err != nil {
 		return err
@@ -81,15 +102,7 @@ func (p *pruning) prune() error {
 			return err
 		}
 	}
-	p.done.Temps, p.done.Bytes = sweep(filepath.Join(p.s.dir, "tmp"))
-	if err := p.sweepLayers(); err != nil {
-		return err
-	}
-	if err := p.sweepBlobs(); err != nil {
-		return err
-	}
-	// Nobody waits for a lock now, but for those that are held in this process.
-	return p.sweepLocks()
+	return nil
 }
 
 // mark keeps a manifest, config or index and what it names. Whatever an index
@@ -214,6 +227,35 @@ func (p *pruning) sweepBlobs() error {
 		}
 		p.done.Blobs++
 		p.done.Bytes += size
+	}
+	return nil
+}
+
+// sweepMounts removes the directories below mounts/ that were not used lately, with their locks.
+func (p *pruning) sweepMounts() error {
+	dir := filepath.Join(p.s.dir, "mounts")
+	list, err := os.ReadDir(dir)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	for _, d := range list {
+		info, err := d.Info()
+		if err != nil {
+			return err
+		}
+		if info.ModTime().After(p.before) {
+			continue
+		}
+		at := filepath.Join(dir, d.Name())
+		if d.IsDir() {
+			p.done.Mounts++
+			p.done.Bytes += diskUse(at)
+		} else if _, err := os.Lstat(strings.TrimSuffix(at, ".lock")); err == nil {
+			continue // the lock of a directory that stays
+		}
+		if err := removeAll(at); err != nil {
+			return err
+		}
 	}
 	return nil
 }

@@ -165,6 +165,24 @@ func (j *job) build(ctx context.Context) error {
 	err = shared.Export(ctx, madeOf(result))
 	j.display.Close()
 	j.conclude(result, exported)
+	return errors.Join(err, j.trim(ctx))
+}
+
+// trim removes what was used longest ago if --keep-storage bounds the state directory. What other builds use stays: they
+// keep it from being pruned, and the last one of them prunes.
+func (j *job) trim(ctx context.Context) error {
+	if j.flags.steps.keep == "" {
+		return nil
+	}
+	bound, err := storage(j.flags.steps.keep)
+	if err != nil {
+		return err
+	}
+	before, err := j.cutoff(ctx, bound)
+	if err != nil {
+		return err
+	}
+	_, _, err = j.removeUnused(ctx, j.state, before)
 	return err
 }
 

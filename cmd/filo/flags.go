@@ -42,6 +42,7 @@ type stepFlags struct {
 	verify   bool
 	explain  bool
 	jobs     int
+	keep     string // --keep-storage
 	resource []string
 }
 
@@ -124,6 +125,7 @@ func (f *stepFlags) register(fs *pflag.FlagSet) {
 	fs.BoolVar(&f.verify, "verify", false, "do steps that the cache has anew and compare: a cache check, not faster")
 	fs.BoolVar(&f.explain, "explain", false, "print every input of every cache key")
 	fs.IntVarP(&f.jobs, "jobs", "j", 0, "steps done at once (default four for each core)")
+	fs.StringVar(&f.keep, "keep-storage", "", "when done, remove from the state directory what was used longest ago until this `size` is left, like 20GB")
 	fs.StringArrayVar(&f.resource, "resource", nil, "resource limits of RUN (not supported yet)")
 }
 

@@ -89,7 +89,7 @@ func (a *app) command(args []string) *cobra.Command {
 	cmd.PersistentFlags().StringVar(&a.stateDir, "root", "", "state `directory` (default $FILO_ROOT, or a per-user directory)")
 	cmd.PersistentFlags().StringVar(&a.hosts, "registry-config", "", "mirrors, http and authorities of registries: a registries.conf, a hosts.toml, or a `directory` of HOST/hosts.toml (default $FILO_REGISTRY_CONFIG)")
 	cmd.PersistentFlags().StringVar(&a.isolation, "isolation", "auto", "how steps are isolated: auto, root, rootless or chroot")
-	cmd.AddCommand(a.build(), a.push(), a.pull(), a.images(), a.inspect(), a.history(), a.tag(), a.rmi(), a.prune(), a.info(), a.versionCommand())
+	cmd.AddCommand(a.build(), a.push(), a.pull(), a.images(), a.inspect(), a.history(), a.tag(), a.rmi(), a.prune(), a.du(), a.info(), a.versionCommand())
 	return cmd
 }
 
