@@ -225,6 +225,9 @@ func (c *Cache) promise(e entry) {
 			}
 			errs = append(errs, fmt.Errorf("cache %s: %w", s.spec.Text, err))
 		}
+		if len(errs) == 0 {
+			errs = []error{fmt.Errorf("no cache has blob %s", e.blob.Digest)}
+		}
 		err := errors.Join(errs...)
 		c.note(ctx, e, err)
 		return nil, err

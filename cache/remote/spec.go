@@ -251,7 +251,11 @@ func (s *Spec) name() error {
 	case kindRegistry:
 		return need("ref")
 	case kindS3:
-		return need("bucket")
+		err := need("bucket")
+		if p := s.attrs["prefix"]; p != "" {
+			s.Text += "/" + p
+		}
+		return err
 	case inline:
 		s.Text = inline
 		return nil

@@ -1,0 +1,536 @@
+package remote
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"log"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	ggcr "github.com/google/go-containerregistry/pkg/registry"
+	"github.com/opencontainers/go-digest"
+	"golang.org/x/sync/errgroup"
+
+	"filo/cache"
+	"filo/layer"
+	"filo/layer/registry"
+)
+
+// runner is a machine with an empty store.
+type runner struct {
+	t     *testing.T
+	store *layer.Store
+	now   time.Time
+
+	mu       sync.Mutex
+	warnings []string
+}
+
+func newRunner(t *testing.T) *runner {
+	t.Helper()
+	s, err := layer.Open(t.TempDir(), layer.Options{SingleID: os.Geteuid() != 0})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { s.Close() })
+	return &runner{t: t, store: s, now: time.Unix(1_800_000_000, 0)}
+}
+
+// open opens the shared caches of one build.
+func (r *runner) open(from, to []string) *Cache {
+	r.t.Helper()
+	c, err := Open(r.t.Context(), Options{
+		Store: r.store, Registry: registry.Open(registry.Options{}), Now: func() time.Time { return r.now },
+		Warn: func(text string) {
+			r.mu.Lock()
+			defer r.mu.Unlock()
+			r.warnings = append(r.warnings, text)
+		},
+		Getenv: func(name string) string {
+			return map[string]string{"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret-secret"}[name]
+		},
+	}, parsed(r.t, ParseFrom, from), parsed(r.t, ParseTo, to))
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	r.t.Cleanup(func() { c.Close() })
+	return c
+}
+
+func parsed(t *testing.T, parse func(string) ([]Spec, error), values []string) []Spec {
+	t.Helper()
+	var all []Spec
+	for _, v := range values {
+		s, err := parse(v)
+		if err != nil {
+			t.Fatal(err)
+		}
+		all = append(all, s...)
+	}
+	return all
+}
+
+// make makes a layer with one file and says that a step of that name made it.
+func (r *runner) make(step, content string, shipped bool) Made {
+	r.t.Helper()
+	w, err := r.store.Create(r.t.Context(), layer.Sinks{Tree: true})
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	err = w.Add(layer.Entry{Path: "f", Type: layer.Regular, Mode: 0o644, Size: int64(len(content))}, strings.NewReader(content))
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	l, err := w.Close()
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	return Made{Key: keyOf(r.t, step), Layer: l, Created: r.now.Unix(), Shipped: shipped}
+}
+
+func keyOf(t *testing.T, step string) cache.Key {
+	t.Helper()
+	k, err := cache.Key("").Next(step)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return k
+}
+
+// content returns what the layer that c has for a step holds, "" if it has none.
+func (r *runner) content(c *Cache, step string) (string, error) {
+	rec, ok := c.Recall(r.t.Context(), keyOf(r.t, step))
+	if !ok {
+		return "", nil
+	}
+	v, err := r.store.View(r.t.Context(), []layer.Layer{{DiffID: rec.Layer}})
+	if err != nil {
+		return "", err
+	}
+	b, err := fs.ReadFile(v, "f")
+	return string(b), err
+}
+
+func (r *runner) want(c *Cache, step, want string) {
+	r.t.Helper()
+	got, err := r.content(c, step)
+	if err != nil || got != want {
+		r.t.Errorf("step %s: cache has %q, %v, want %q", step, got, err, want)
+	}
+}
+
+func (r *runner) export(c *Cache, made ...Made) {
+	r.t.Helper()
+	if err := c.Export(r.t.Context(), made); err != nil {
+		r.t.Fatal(err)
+	}
+}
+
+// place is a kind of place for the tests: what to write to --cache-from and --cache-to.
+type testPlace struct{ from, to string }
+
+// places returns one of each kind, fresh.
+func places(t *testing.T) map[string]func(t *testing.T) testPlace {
+	host := serveRegistry(t)
+	n := 0
+	return map[string]func(t *testing.T) testPlace{
+		"registry": func(*testing.T) testPlace {
+			n++
+			ref := fmt.Sprintf("type=registry,ref=%s/cache/r%d:main", host, n)
+			return testPlace{ref, ref}
+		},
+		"registry index": func(*testing.T) testPlace {
+			n++
+			ref := fmt.Sprintf("type=registry,ref=%s/cache/r%d:main", host, n)
+			return testPlace{ref, ref + ",image-manifest=false,oci-mediatypes=false"}
+		},
+		"local": func(t *testing.T) testPlace {
+			dir := t.TempDir()
+			return testPlace{"type=local,src=" + dir, "type=local,dest=" + dir}
+		},
+		"s3": func(t *testing.T) testPlace {
+			spec := "type=s3,bucket=bucket,prefix=p/,endpoint_url=" + serveBucket(t)
+			return testPlace{spec, spec}
+		},
+	}
+}
+
+func serveRegistry(t *testing.T) string {
+	t.Helper()
+	t.Setenv("DOCKER_CONFIG", t.TempDir())
+	srv := httptest.NewServer(ggcr.New(ggcr.Logger(log.New(io.Discard, "", 0))))
+	t.Cleanup(srv.Close)
+	return strings.TrimPrefix(srv.URL, "http://")
+}
+
+// serveBucket starts an S3 server with a bucket called bucket.
+func serveBucket(t *testing.T) string {
+	t.Helper()
+	path, err := exec.LookPath("versitygw")
+	if err != nil {
+		t.Skip("no S3 server: go install github.com/versity/versitygw/cmd/versitygw@latest")
+	}
+	dir := t.TempDir()
+	if err := os.Mkdir(filepath.Join(dir, "bucket"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	addr := l.Addr().String()
+	l.Close()
+	cmd := exec.Command(path, "--port", addr, "posix", "--sidecar", t.TempDir(), dir)
+	cmd.Env = append(os.Environ(), "ROOT_ACCESS_KEY=key", "ROOT_SECRET_KEY=secret-secret")
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		cmd.Process.Kill()
+		cmd.Wait()
+	})
+	for range 500 {
+		if c, err := net.Dial("tcp", addr); err == nil {
+			c.Close()
+			return "http://" + addr
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+	t.Fatal("the S3 server does not start")
+	return ""
+}
+
+func TestShare(t *testing.T) {
+	for name, place := range places(t) {
+		t.Run(name, func(t *testing.T) {
+			p := place(t)
+			a := newRunner(t)
+			c := a.open([]string{p.from}, []string{p.to + ",mode=max"})
+			a.want(c, "one", "")
+			a.export(c, a.make("one", "1", true), a.make("two", "2", false))
+
+			b := newRunner(t)
+			c = b.open([]string{p.from}, []string{p.to})
+			b.want(c, "one", "1")
+			b.want(c, "two", "2")
+			b.want(c, "three", "")
+			b.export(c, b.make("three", "3", true), b.make("four", "4", false))
+
+			d := newRunner(t)
+			c = d.open([]string{p.from}, nil)
+			for step, want := range map[string]string{"one": "1", "two": "2", "three": "3", "four": ""} {
+				d.want(c, step, want)
+			}
+			if rec, _ := c.Recall(t.Context(), keyOf(t, "one")); rec.Created != a.now.Unix() {
+				t.Errorf("created = %d, want %d", rec.Created, a.now.Unix())
+			}
+			if len(b.warnings)+len(d.warnings) > 0 {
+				t.Errorf("warnings: %q %q", b.warnings, d.warnings)
+			}
+		})
+	}
+}
+
+// A step that was done again replaces what was there.
+func TestNewestWins(t *testing.T) {
+	for name, place := range places(t) {
+		t.Run(name, func(t *testing.T) {
+			p := place(t)
+			r := newRunner(t)
+			r.export(r.open(nil, []string{p.to}), r.make("one", "old", true))
+			r.export(r.open(nil, []string{p.to}), r.make("one", "new", true))
+			fresh := newRunner(t)
+			fresh.want(fresh.open([]string{p.from}, nil), "one", "new")
+		})
+	}
+}
+
+// Several runners that export to one place at the same time lose nothing.
+func TestWriters(t *testing.T) {
+	for name, place := range places(t) {
+		for _, n := range []int{2, 6} {
+			if n > 2 && strings.HasPrefix(name, "registry") {
+				continue // a registry cannot refuse a stale write: more than a few writers at once may lose records
+			}
+			t.Run(fmt.Sprint(name, " ", n), func(t *testing.T) {
+				p := place(t)
+				var g errgroup.Group
+				for i := range n {
+					r := newRunner(t)
+					c := r.open(nil, []string{p.to})
+					m := r.make(fmt.Sprint(i), fmt.Sprint("content ", i), true)
+					g.Go(func() error { return c.Export(t.Context(), []Made{m}) })
+				}
+				if err := g.Wait(); err != nil {
+					t.Fatal(err)
+				}
+				r := newRunner(t)
+				c := r.open([]string{p.from}, nil)
+				for i := range n {
+					r.want(c, fmt.Sprint(i), fmt.Sprint("content ", i))
+				}
+			})
+		}
+	}
+}
+
+// A build that changes nothing writes nothing; the records count as used, though, once a day.
+func TestNothingNew(t *testing.T) {
+	dir := t.TempDir()
+	r := newRunner(t)
+	m := r.make("one", "1", true)
+	index := func() string {
+		b, err := os.ReadFile(filepath.Join(dir, "index.json"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return string(b)
+	}
+	r.export(r.open(nil, []string{"type=local,dest=" + dir}), m)
+	first := index()
+	r.now = r.now.Add(time.Hour)
+	r.export(r.open(nil, []string{"type=local,dest=" + dir}), m)
+	if index() != first {
+		t.Error("the same records were written again")
+	}
+	r.now = r.now.Add(48 * time.Hour)
+	r.export(r.open(nil, []string{"type=local,dest=" + dir}), m)
+	if index() == first {
+		t.Error("the use of records two days later was not noted")
+	}
+}
+
+func TestTrim(t *testing.T) {
+	dir := t.TempDir()
+	r := newRunner(t)
+	r.export(r.open(nil, []string{"type=local,dest=" + dir}), r.make("old", "1", true))
+	r.now = r.now.Add(10 * 24 * time.Hour)
+	r.export(r.open(nil, []string{"type=local,max-age=5d,dest=" + dir}), r.make("new", "2", true))
+	c := r.open([]string{"type=local,src=" + dir}, nil)
+	r.want(c, "old", "")
+	r.want(c, "new", "2")
+	r.now = r.now.Add(24 * time.Hour)
+	r.export(r.open(nil, []string{"type=local,max-records=2,dest=" + dir}), r.make("newer", "3", true), r.make("newest", "4", true))
+	c = r.open([]string{"type=local,src=" + dir}, nil)
+	r.want(c, "new", "")
+	r.want(c, "newer", "3")
+	r.now = r.now.Add(100 * time.Hour)
+	r.want(r.open([]string{"type=local,max-age=72h,src=" + dir}, nil), "newer", "")
+}
+
+func TestLocalTags(t *testing.T) {
+	dir := t.TempDir()
+	r := newRunner(t)
+	r.export(r.open(nil, []string{"type=local,dest=" + dir + ",tag=a"}), r.make("one", "1", true))
+	r.export(r.open(nil, []string{"type=local,dest=" + dir + ",tag=b"}), r.make("two", "2", true))
+	a := r.open([]string{"type=local,src=" + dir + ",tag=a"}, nil)
+	r.want(a, "one", "1")
+	r.want(a, "two", "")
+	r.export(r.open(nil, []string{"type=local,dest=" + dir + ",tag=c,reset=true"}), r.make("three", "3", true))
+	r.want(r.open([]string{"type=local,src=" + dir + ",tag=b"}, nil), "two", "")
+	r.want(r.open([]string{"type=local,src=" + dir + ",tag=c"}, nil), "three", "3")
+	blobs, err := os.ReadDir(filepath.Join(dir, "blobs", "sha256"))
+	if err != nil || len(blobs) != 3 {
+		t.Errorf("after reset=true there are %d blobs, %v, want manifest, config and layer", len(blobs), err)
+	}
+}
+
+// A layer that a record promises and the place does not have, or has with other bytes, is forgotten.
+func TestForget(t *testing.T) {
+	for name, spoil := range map[string]func(path string) error{
+		"gone":    os.Remove,
+		"damaged": func(path string) error { return os.WriteFile(path, []byte("something else"), 0o644) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			dir := t.TempDir()
+			a := newRunner(t)
+			a.export(a.open(nil, []string{"type=local,dest=" + dir}), a.make("one", "1", true), a.make("two", "2", true))
+			b := newRunner(t)
+			c := b.open([]string{"type=local,src=" + dir}, []string{"type=local,dest=" + dir})
+			if c.Forget() {
+				t.Error("Forget before anything was asked for: true")
+			}
+			rec, ok := c.Recall(t.Context(), keyOf(t, "one"))
+			if !ok {
+				t.Fatal("no record")
+			}
+			l := layer.Layer{DiffID: rec.Layer}
+			blob, err := b.store.Blob(t.Context(), l, layer.Compression{}, false)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := spoil(filepath.Join(dir, "blobs", "sha256", blob.Digest.Encoded())); err != nil {
+				t.Fatal(err)
+			}
+			if _, err := b.content(c, "one"); err == nil {
+				t.Error("the layer can be read although its blob is spoilt")
+			}
+			b.want(c, "two", "2")
+			if !c.Forget() {
+				t.Error("Forget after a layer could not be had: false")
+			}
+			b.want(c, "one", "")
+			b.want(c, "two", "2")
+			if c.Forget() {
+				t.Error("Forget once more: true")
+			}
+			if b.store.Has(l) {
+				t.Error("the store still promises the layer")
+			}
+			b.export(c, b.make("one", "1", true))
+			d := newRunner(t)
+			d.want(d.open([]string{"type=local,src=" + dir}, nil), "one", "1")
+			if len(b.warnings) != 1 || !strings.Contains(b.warnings[0], blob.Digest.String()) {
+				t.Errorf("warnings: %q, want one with %s", b.warnings, blob.Digest)
+			}
+		})
+	}
+}
+
+// Who stops asking has not found anything out.
+func TestForgetCanceled(t *testing.T) {
+	dir := t.TempDir()
+	a := newRunner(t)
+	a.export(a.open(nil, []string{"type=local,dest=" + dir}), a.make("one", "1", true))
+	b := newRunner(t)
+	c := b.open([]string{"type=local,src=" + dir}, nil)
+	rec, _ := c.Recall(t.Context(), keyOf(t, "one"))
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if _, err := b.store.View(ctx, []layer.Layer{{DiffID: rec.Layer}}); err == nil {
+		t.Fatal("View with a context that ended: no error")
+	}
+	if c.Forget() {
+		t.Error("Forget after a build that was stopped: true")
+	}
+	b.want(c, "one", "1")
+}
+
+// Layers that are offered while the build runs are there when it ends.
+func TestOffer(t *testing.T) {
+	var mu sync.Mutex
+	uploads := 0
+	inner := ggcr.New(ggcr.Logger(log.New(io.Discard, "", 0)))
+	srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.Method == http.MethodPut && strings.Contains(r.URL.Path, "/uploads/") {
+			mu.Lock()
+			uploads++
+			mu.Unlock()
+		}
+		inner.ServeHTTP(w, r)
+	}))
+	t.Cleanup(srv.Close)
+	t.Setenv("DOCKER_CONFIG", t.TempDir())
+	ref := strings.TrimPrefix(srv.URL, "http://") + "/c:1"
+	r := newRunner(t)
+	c := r.open(nil, []string{"type=registry,mode=max,ref=" + ref})
+	made := []Made{r.make("one", "1", false), r.make("two", "2", true)}
+	for _, m := range made {
+		c.Offer(t.Context(), m)
+	}
+	c.Wait()
+	if uploads != 1 {
+		t.Errorf("%d layers were sent early, want that of the other stage", uploads)
+	}
+	r.export(c, made...)
+	if uploads != 3 {
+		t.Errorf("%d blobs were sent, want two layers and the index", uploads)
+	}
+	fresh := newRunner(t)
+	c = fresh.open([]string{ref}, nil)
+	fresh.want(c, "one", "1")
+	fresh.want(c, "two", "2")
+}
+
+func TestInline(t *testing.T) {
+	r := newRunner(t)
+	one, two, other := r.make("one", "1", true), r.make("two", "2", true), r.make("three", "3", false)
+	records, err := Inline([]Made{one, two, other}, []layer.Layer{{DiffID: digest.FromString("base")}, one.Layer, two.Layer})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !bytes.HasPrefix(records, []byte("[")) || bytes.Contains(records, []byte(other.Key)) {
+		t.Errorf("Inline = %s", records)
+	}
+}
+
+// What is wrong with a source never fails a build.
+func TestSourcesThatFail(t *testing.T) {
+	host := serveRegistry(t)
+	garbage := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Path == "/v2/" {
+			return
+		}
+		io.WriteString(w, `{"schemaVersion":2,"config":{"mediaType":"application/vnd.buildkit.cacheconfig.v0","digest":"sha256:../../x","size":5}}`)
+	}))
+	t.Cleanup(garbage.Close)
+	empty := t.TempDir()
+	for from, want := range map[string]string{
+		host + "/no/cache:1": "not found",
+		"127.0.0.1:1/x:1":    "refused",
+		strings.TrimPrefix(garbage.URL, "http://") + "/x":     "malformed digest",
+		"type=local,src=" + empty:                             "not found",
+		"type=local,src=/nonexistent/dir":                     "not found",
+		"type=s3,bucket=some,endpoint_url=http://127.0.0.1:1": "refused",
+	} {
+		r := newRunner(t)
+		c := r.open([]string{from}, nil)
+		r.want(c, "one", "")
+		if len(r.warnings) != 1 || !strings.Contains(r.warnings[0], want) || strings.Contains(r.warnings[0], "\n") {
+			t.Errorf("--cache-from %s: warnings %q, want one line with %q", from, r.warnings, want)
+		}
+	}
+}
+
+func TestTargetsThatFail(t *testing.T) {
+	r := newRunner(t)
+	m := r.make("one", "1", true)
+	err := r.open(nil, []string{"127.0.0.1:1/x:1"}).Export(t.Context(), []Made{m})
+	if err == nil || !strings.Contains(err.Error(), "127.0.0.1:1/x:1") {
+		t.Errorf("Export to nowhere = %v, want an error with the reference", err)
+	}
+	dir := t.TempDir()
+	c := r.open(nil, []string{"type=registry,ref=127.0.0.1:1/x:1,ignore-error=true", "type=local,dest=" + dir})
+	if err := c.Export(t.Context(), []Made{m}); err != nil {
+		t.Errorf("Export with ignore-error=true = %v", err)
+	}
+	if len(r.warnings) != 1 {
+		t.Errorf("warnings: %q, want one", r.warnings)
+	}
+	if _, err := os.Stat(filepath.Join(dir, "index.json")); errors.Is(err, fs.ErrNotExist) {
+		t.Error("the target after the one that failed was not written")
+	}
+}
+
+func TestCompression(t *testing.T) {
+	dir := t.TempDir()
+	r := newRunner(t)
+	m := r.make("one", "1", true)
+	if _, err := r.store.Blob(t.Context(), m.Layer, layer.Compression{Algorithm: layer.Gzip}, false); err != nil {
+		t.Fatal(err)
+	}
+	for _, test := range []struct{ attrs, want string }{
+		{"", "+gzip"},
+		{",compression=zstd", "+gzip"},
+		{",compression=zstd,force-compression=true", "+zstd"},
+	} {
+		r.export(r.open(nil, []string{"type=local,dest=" + dir + test.attrs}), m)
+		c := r.open([]string{"type=local,src=" + dir}, nil)
+		e, ok := c.sources[0].find(t.Context(), m.Key)
+		if !ok || !strings.HasSuffix(e.blob.MediaType, test.want) {
+			t.Errorf("%s: blob is %s, want %s", test.attrs, e.blob.MediaType, test.want)
+		}
+	}
+}
