@@ -133,6 +133,9 @@ func TestNotes(t *testing.T) {
 	if diff := cmp.Diff(want, f.Notes); diff != "" {
 		t.Errorf("Notes (-want +got):\n%s", diff)
 	}
+	if f = parse(t, "FROM busybox\nONBUILD COPPY a b\n"); len(f.Notes) != 1 || !strings.Contains(f.Notes[0], "COPPY") {
+		t.Errorf("Notes of a trigger that is no instruction = %q", f.Notes)
+	}
 	if f = parse(t, "# syntax=my/frontend:1\nFROM busybox\n"); len(f.Notes) != 1 {
 		t.Errorf("Notes of an unknown syntax = %q", f.Notes)
 	}

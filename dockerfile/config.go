@@ -165,8 +165,6 @@ func (st *state) cmd(c *instructions.CmdCommand) string {
 func (st *state) entrypoint(c *instructions.EntrypointCommand) string {
 	st.once(c.Name(), c.Location())
 	st.config.Entrypoint = st.commandLine(c.ShellDependantCmdLine, c)
-	//lint:ignore SA1019 as in cmd
-	st.config.ArgsEscaped = true
 	if _, ok := st.set["CMD"]; !ok {
 		st.config.Cmd = nil // an inherited one was meant for the inherited entry point
 	}
@@ -365,10 +363,10 @@ func portNumber(text string) (int, error) {
 var signals = strings.Fields(`HUP INT QUIT ILL TRAP ABRT IOT BUS FPE KILL USR1 SEGV USR2 PIPE ALRM TERM STKFLT CHLD CLD
 	CONT STOP TSTP TTIN TTOU URG XCPU XFSZ VTALRM PROF WINCH IO POLL PWR SYS RTMIN RTMAX`)
 
-// validSignal says whether Linux knows a signal by that name or number.
+// validSignal says whether text is the name of a signal of Linux or a number.
 func validSignal(text string) bool {
 	if n, err := strconv.Atoi(text); err == nil {
-		return n >= 1 && n <= 64
+		return n != 0 // what other systems call by a number Linux lacks
 	}
 	name := strings.TrimPrefix(strings.ToUpper(text), "SIG")
 	if n, ok := strings.CutPrefix(name, "RTMIN+"); ok {

@@ -128,7 +128,7 @@ func TestErrors(t *testing.T) {
 		{"FROM busybox\nEXPOSE 1/foo\n", "foo", "2"},
 		{"FROM busybox\nSTOPSIGNAL NOPE\n", "NOPE", "2"},
 		{"FROM busybox\nONBUILD ONBUILD RUN x\n", "ONBUILD", "2"},
-		{"FROM busybox\nONBUILD COPPY a b\n", "did you mean COPY?", "2"},
+		{"FROM busybox AS b\nONBUILD COPPY a b\nFROM b\n", "did you mean COPY?", "3"},
 		{"FROM busybox AS b\nCOPY --from=b / /\n", "circular", "2"},
 		{"FROM busybox AS x\nCOPY --from=y / /\nFROM busybox AS y\nCOPY --from=x / /\n", "circular", "2"},
 		{"FROM busybox\nCOPY --from=y / /\nFROM busybox AS y\nFROM scratch\nCOPY --from=0 / /\n", "needs to be defined before", "2"},
@@ -270,6 +270,29 @@ func TestWorst(t *testing.T) {
 		_, err := newLexer('\\').expand(c.word, vars)
 		if (err == nil) != c.ok {
 			t.Errorf("expand(%.40q): %v, want ok %v", c.word, err, c.ok)
+		}
+	}
+}
+
+func TestArgsEscaped(t *testing.T) {
+	for text, want := range map[string]bool{
+		"FROM busybox\nCMD x\n":                                  true,
+		"FROM busybox\nENTRYPOINT [\"x\"]\n":                     false,
+		"FROM busybox\nENTRYPOINT x\n":                           false,
+		"FROM busybox AS b\nCMD x\nFROM b\nENTRYPOINT [\"y\"]\n": true,
+	} {
+		f := parse(t, text)
+		var c Config
+		for _, s := range f.Stages {
+			steps, err := s.Steps(c, f.args.TargetPlatform)
+			if err != nil {
+				t.Fatal(err)
+			}
+			c = s.End(c, steps)
+		}
+		//lint:ignore SA1019 it is part of the config that BuildKit writes
+		if c.ArgsEscaped != want {
+			t.Errorf("%q: ArgsEscaped %v, want %v", text, c.ArgsEscaped, want)
 		}
 	}
 }

@@ -126,7 +126,7 @@ func (s *Stage) resolveNeeds(cmds []instructions.Command) error {
 		}
 		if ob, ok := c.(*instructions.OnbuildCommand); ok {
 			if _, err := s.parseTrigger(ob.Expression, c.Location()); err != nil {
-				return s.file.at(err, c.Location())
+				s.file.Notes = append(s.file.Notes, err.Error())
 			}
 		}
 	}
@@ -159,7 +159,8 @@ func (s *Stage) needsOf(c instructions.Command) error {
 	return nil
 }
 
-// needsOfTrigger finds what an ONBUILD of the base stage makes this stage need.
+// needsOfTrigger finds what an ONBUILD of the base stage makes this stage need. A trigger that is nothing is an error
+// only once it is due, see [Stage.Steps].
 func (s *Stage) needsOfTrigger(n *parser.Node) error {
 	if !strings.EqualFold(n.Value, "onbuild") {
 		return nil
@@ -174,7 +175,7 @@ func (s *Stage) needsOfTrigger(n *parser.Node) error {
 	}
 	node, err := s.parseTrigger(ob.Expression, s.from)
 	if err != nil {
-		return err
+		return nil
 	}
 	if cmd, err = parseNode(node, s.file.quiet()); err != nil {
 		return err
