@@ -78,6 +78,9 @@ type Store struct {
 	promised map[digest.Digest]Layer     // by blob digest
 	turns    map[string]chan struct{}    // the goroutines' half of Lock
 	whole    map[digest.Digest]bool      // trees known to be whole
+	stubs    map[string]string           // directories of stubs, by what is in them
+
+	discards sync.WaitGroup // removals that go on
 }
 
 // Options of [Open].
@@ -117,6 +120,7 @@ func Open(dir string, o Options) (*Store, error) {
 		promised: map[digest.Digest]Layer{},
 		turns:    map[string]chan struct{}{},
 		whole:    map[digest.Digest]bool{},
+		stubs:    map[string]string{},
 	}
 	for _, sub := range []string{"blobs/sha256", "layers", "tmp", "locks"} {
 		if err := os.MkdirAll(filepath.Join(dir, sub), 0o755); err != nil {
@@ -242,10 +246,17 @@ func (s *Store) Temp(pattern string) (string, error) {
 	return dir, nil
 }
 
+// discard removes a temporary directory while the caller goes on: to remove the few directories that an overlay leaves
+// takes as long as a small process. What it cannot remove is left for Close.
+func (s *Store) discard(dir string) {
+	s.discards.Go(func() { _ = removeAll(dir) })
+}
+
 // Close removes this process's temporary files and gives up its locks. The
 // store must not be used after.
 func (s *Store) Close() error {
 	var err error
+	s.discards.Wait()
 	if s.tmp != "" {
 		err = removeAll(s.tmp)
 		s.tmpFD.Close()

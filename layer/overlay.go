@@ -59,20 +59,19 @@ func (s *Store) Overlay(ctx context.Context, layers []Layer, points []MountPoint
 		Lower: trees, Upper: filepath.Join(dir, "upper"), Work: filepath.Join(dir, "work"),
 		dir: dir, view: view, stubs: map[string]Entry{},
 	}
-	if err := o.fill(points, s.single); err != nil {
+	if err := s.fill(o, points); err != nil {
 		return nil, errors.Join(fmt.Errorf("make overlay: %w", err), o.Close())
 	}
 	return o, nil
 }
 
-// Close throws the upper directory away, unless it became a layer. It may be called again.
+// Close throws the upper directory away, unless it became a layer. That may go on after it returns, until the store is
+// closed. It may be called again.
 func (o *Overlay) Close() error {
 	if o.Root != "" {
 		return o.closeMerged()
 	}
-	if err := removeAll(o.dir); err != nil {
-		return fmt.Errorf("remove overlay: %w", err)
-	}
+	o.view.store.discard(o.dir)
 	return nil
 }
 
@@ -105,7 +104,7 @@ func once(trees []string) []string {
 }
 
 // fill makes what Overlay promises below o.dir.
-func (o *Overlay) fill(points []MountPoint, single bool) error {
+func (s *Store) fill(o *Overlay, points []MountPoint) error {
 	plan := stubPlan{view: o.view, dirs: map[string]Entry{}, new: o.stubs}
 	for _, p := range points {
 		if err := plan.mountPoint(p); err != nil {
@@ -113,27 +112,52 @@ func (o *Overlay) fill(points []MountPoint, single bool) error {
 		}
 	}
 	plan.impliedDirs()
+	if len(plan.dirs) > 0 || len(o.Lower) == 0 {
+		stub, err := s.stub(&plan)
+		if err != nil {
+			return err
+		}
+		o.Lower = slices.Insert(o.Lower, 0, stub)
+	}
 	root, err := rootfs.Open(o.dir)
 	if err != nil {
 		return err
 	}
 	defer root.Close()
-	if len(plan.dirs) > 0 || len(o.Lower) == 0 {
-		o.Lower = slices.Insert(o.Lower, 0, filepath.Join(o.dir, "stub"))
-		if err := root.Mkdir("stub", 0o755); err != nil {
-			return err
-		}
-		if err := plan.write(root, single); err != nil {
-			return err
-		}
-	}
 	for _, name := range []string{"upper", "work"} {
 		if err := root.Mkdir(name, 0o755); err != nil {
 			return err
 		}
 	}
-	e, _, _ := o.view.lookup(".")
-	return dress(root, "upper", e, single)
+	return dress(root, "upper", plan.root(), s.single)
+}
+
+// stub returns the directory of what plan has to hold, the same one for all overlays with the same plan, which those
+// of one stage mostly have.
+func (s *Store) stub(plan *stubPlan) (string, error) {
+	key := plan.String()
+	s.mu.Lock()
+	dir, ok := s.stubs[key]
+	s.mu.Unlock()
+	if ok {
+		return dir, nil
+	}
+	dir, err := s.Temp("stub-")
+	if err != nil {
+		return "", err
+	}
+	root, err := rootfs.Open(dir)
+	if err != nil {
+		return "", err
+	}
+	defer root.Close()
+	if err := plan.write(root, s.single); err != nil {
+		return "", err
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.stubs[key] = dir
+	return dir, nil
 }
 
 // stubPlan collects what the stub lower has to hold.
@@ -219,16 +243,33 @@ func (s *stubPlan) shownAbove(dir string, i int) bool {
 	return len(showing) > 0 && showing[0] < i
 }
 
-// write makes the planned files in the directory "stub" of root.
+func (s *stubPlan) root() Entry {
+	e, _, _ := s.view.lookup(".")
+	return e
+}
+
+// names are the planned paths in canonical order.
+func (s *stubPlan) names() []string { return slices.SortedFunc(maps.Keys(s.dirs), comparePaths) }
+
+// String is the whole plan as text.
+func (s *stubPlan) String() string {
+	var b strings.Builder
+	fmt.Fprintf(&b, "%+v\n", s.root())
+	for _, name := range s.names() {
+		fmt.Fprintf(&b, "%q %+v\n", name, s.dirs[name])
+	}
+	return b.String()
+}
+
+// write makes the planned files in root.
 func (s *stubPlan) write(root *rootfs.Root, single bool) error {
-	names := slices.SortedFunc(maps.Keys(s.dirs), comparePaths)
+	names := s.names()
 	for _, name := range names {
-		e, at := s.dirs[name], path.Join("stub", name)
 		var err error
-		if e.Type == Dir {
-			err = root.Mkdir(at, 0o755)
+		if s.dirs[name].Type == Dir {
+			err = root.Mkdir(name, 0o755)
 		} else {
-			err = root.Mknod(at, unix.S_IFREG|0o644, 0, 0)
+			err = root.Mknod(name, unix.S_IFREG|0o644, 0, 0)
 		}
 		if err != nil {
 			return err
@@ -236,12 +277,11 @@ func (s *stubPlan) write(root *rootfs.Root, single bool) error {
 	}
 	// Children first, for times; the mode of a parent could keep an ordinary user out as well.
 	for _, name := range slices.Backward(names) {
-		if err := dress(root, path.Join("stub", name), s.dirs[name], single); err != nil {
+		if err := dress(root, name, s.dirs[name], single); err != nil {
 			return err
 		}
 	}
-	e, _, _ := s.view.lookup(".")
-	return dress(root, "stub", e, single)
+	return dress(root, ".", s.root(), single)
 }
 
 // dress gives the file at p the attributes of e.

@@ -231,6 +231,7 @@ func TestOverlayOfNothing(t *testing.T) {
 	if err := o.Close(); err != nil {
 		t.Error(err)
 	}
+	s.discards.Wait()
 	if _, err := os.Lstat(o.dir); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("after Close: %v", err)
 	}

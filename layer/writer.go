@@ -34,7 +34,7 @@ type Writer struct {
 	s     *Store
 	ctx   context.Context // of Create: a Writer is one operation
 	epoch *int64
-	dir   string // holds what is unfinished
+	dir   string // holds what is unfinished; "" for an index alone
 
 	tar   *tar.Writer
 	out   *bufio.Writer
@@ -69,24 +69,26 @@ func (s *Store) createAdopting(ctx context.Context, k Sinks, upperDir string) (*
 }
 
 func (s *Store) newWriter(ctx context.Context, k Sinks, adopt string) (*Writer, error) {
-	dir, err := s.Temp("layer-")
-	if err != nil {
-		return nil, fmt.Errorf("create layer: %w", err)
-	}
 	w := &Writer{
-		s: s, ctx: ctx, epoch: k.Epoch, dir: dir, adopt: adopt,
+		s: s, ctx: ctx, epoch: k.Epoch, adopt: adopt,
 		diff: sha256.New(), file: sha256.New(),
+	}
+	var err error
+	if k.Blob != nil || k.Tree {
+		if w.dir, err = s.Temp("layer-"); err != nil {
+			return nil, fmt.Errorf("create layer: %w", err)
+		}
 	}
 	var sink io.Writer = w.diff
 	if k.Blob != nil {
-		if w.blob, err = s.newBlobFile(dir, *k.Blob); err != nil {
+		if w.blob, err = s.newBlobFile(w.dir, *k.Blob); err != nil {
 			w.Abort()
 			return nil, fmt.Errorf("create layer: %w", err)
 		}
 		sink = io.MultiWriter(w.diff, w.blob)
 	}
 	if k.Tree {
-		if w.tree, err = s.newTree(filepath.Join(dir, "tree")); err != nil {
+		if w.tree, err = s.newTree(filepath.Join(w.dir, "tree")); err != nil {
 			w.Abort()
 			return nil, fmt.Errorf("create layer: %w", err)
 		}
@@ -306,7 +308,9 @@ func (w *Writer) Abort() {
 	if w.tree != nil {
 		w.tree.close()
 	}
-	removeAll(w.dir)
+	if w.dir != "" {
+		removeAll(w.dir)
+	}
 }
 
 // removeAll is os.RemoveAll that also gets rid of directories without
