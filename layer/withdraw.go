@@ -1,6 +1,11 @@
 package layer
 
 import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
 	"slices"
 
 	"github.com/opencontainers/go-digest"
@@ -18,4 +23,38 @@ func (s *Store) Withdraw(l Layer, blob digest.Digest) {
 	if s.promised[blob] == l {
 		delete(s.promised, blob)
 	}
+}
+
+// Stream opens a blob like OpenBlob, but of a promised one the bytes only pass
+// through: nothing is stored. It is for those who send a blob on and never
+// look into it.
+func (s *Store) Stream(ctx context.Context, dgst digest.Digest) (io.ReadCloser, error) {
+	if err := checkDigest(dgst); err != nil {
+		return nil, fmt.Errorf("open blob: %w", err)
+	}
+	r, _, err := s.openStored(ctx, dgst)
+	if err == nil || !errors.Is(err, fs.ErrNotExist) {
+		return r, err
+	}
+	s.mu.Lock()
+	l := s.promised[dgst]
+	s.mu.Unlock()
+	failed := err
+	for _, p := range s.promisesOf(l) {
+		if p.desc.Digest != dgst {
+			continue
+		}
+		body, err := p.fetch(ctx)
+		if err == nil {
+			return passing{newVerifier(ctx, body, dgst, p.desc.Size), body}, nil
+		}
+		failed = err
+	}
+	return nil, fmt.Errorf("open blob: %w", failed)
+}
+
+// passing is a blob on its way through.
+type passing struct {
+	io.Reader
+	io.Closer
 }
