@@ -816,6 +816,27 @@ func TestPush(t *testing.T) {
 	}
 }
 
+// TestPushUnchanged: by whoever pushes, not one request a layer.
+func TestPushUnchanged(t *testing.T) {
+	srv := serve(t)
+	var layers []layer.Layer
+	e := newExporter(t)
+	for i := range 20 {
+		layers = append(layers, e.layer(t, reg(fmt.Sprint("f", i), "x")))
+	}
+	r := Result{Images: []*image.Image{built(amd64, layers...)}, Names: []string{srv.host + "/p:1"}}
+	e.write(t, "type=registry", r)
+	srv.mu.Lock()
+	srv.log = nil
+	srv.mu.Unlock()
+	e.Client = newExporter(t).Client // knows nothing of the first push
+	e.write(t, "type=registry", r)
+	if n := srv.asked(" "); n > 5 {
+		t.Errorf("%d requests: %q", n, srv.log)
+	}
+	srv.image(t, "p:1")
+}
+
 // TestPushLazily: a base on the same registry is neither downloaded nor uploaded.
 func TestPushLazily(t *testing.T) {
 	srv := serve(t)

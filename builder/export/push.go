@@ -23,7 +23,11 @@ func (e Exporter) push(ctx context.Context, p plan, root ocispec.Descriptor, g *
 	}
 	for _, name := range p.names {
 		done := e.begin("pushing layers")
-		err := e.pushBlobs(ctx, client, name, g)
+		var err error
+		// A registry that has the manifest has what it names: to ask for each blob would be a request for each.
+		if !client.HasManifest(ctx, name, root.Digest) {
+			err = e.pushBlobs(ctx, client, name, g)
+		}
 		done(err)
 		if err != nil {
 			return err

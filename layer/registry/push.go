@@ -148,6 +148,22 @@ func (c *Client) mayPush(ctx context.Context, e endpoint) error {
 	return nil
 }
 
+// HasManifest says whether the repository of ref holds a manifest or index, in the registry itself. Whatever keeps it
+// from being known is a no.
+func (c *Client) HasManifest(ctx context.Context, ref string, d digest.Digest) bool {
+	n, err := c.parse(ref)
+	if err != nil {
+		return false
+	}
+	e := c.origin(n)
+	s, err := c.session(ctx, sessionKey{host: e.host, repo: e.repo, push: true})
+	if err != nil {
+		return false
+	}
+	there, err := s.head(ctx, e, d.String())
+	return err == nil && there.Digest == d
+}
+
 // PushManifest makes ref, a tag or a digest, name a manifest or index. Everything it refers to must be there
 // already. If the registry says that it is so already nothing is sent.
 func (c *Client) PushManifest(ctx context.Context, ref string, d ocispec.Descriptor, data []byte) error {
