@@ -31,7 +31,7 @@ import (
 type Exporter struct {
 	Store       *layer.Store
 	Client      *registry.Client
-	Owners      bool                          // type=local: files get the image's owners and devices are made; only true root can
+	Devices     bool                          // type=local: device files are made; only true root can
 	AllowDelete bool                          // type=local,mode=delete: the destination may be outside of the working directory
 	Report      func(text string) func(error) // progress: called when something begins, the result when it ends; nil for none
 	Warn        func(text string)             // nil for none

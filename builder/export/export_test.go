@@ -47,7 +47,7 @@ func newExporter(t *testing.T) Exporter {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { s.Close(); unlock(s.Dir()) })
-	return Exporter{Store: s, Client: registry.Open(registry.Options{}), Owners: os.Geteuid() == 0}
+	return Exporter{Store: s, Client: registry.Open(registry.Options{}), Devices: os.Geteuid() == 0}
 }
 
 // unlock opens directories to their owner, so that they can be cleaned up by somebody who is not root.

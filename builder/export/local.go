@@ -223,7 +223,7 @@ func (w *localWriter) entry(ctx context.Context, d *rootfs.Dir, name, at, out st
 	case layer.Fifo:
 		return w.place(d, name, entry, func(tmp string) error { return d.Mknod(tmp, fifo|0o600, 0, 0) })
 	case layer.Char, layer.Block:
-		if !w.e.Owners {
+		if !w.e.Devices {
 			if !w.devices {
 				w.e.warn("device files such as %s are left out: making them takes root", out)
 			}
@@ -267,7 +267,7 @@ func (w *localWriter) dir(ctx context.Context, d *rootfs.Dir, name, at, out stri
 func (w *localWriter) mkdir(d *rootfs.Dir, name string) error {
 	st, err := d.Lstat(name)
 	if err == nil && st.FileMode().IsDir() {
-		if st.Mode&0o700 == 0o700 || w.e.Owners {
+		if st.Mode&0o700 == 0o700 || w.e.Devices {
 			return nil
 		}
 		return d.Chmod(name, st.Mode&0o7777|0o700)
@@ -371,15 +371,10 @@ func (w *localWriter) temp(d *rootfs.Dir) (string, error) {
 	}
 }
 
-// attributes sets owner, extended attributes, mode and time, as far as we may.
+// attributes sets extended attributes, mode and time. As with other builders files belong to the caller, root or not.
 func (w *localWriter) attributes(d *rootfs.Dir, name string, entry *layer.Entry) error {
-	if w.e.Owners {
-		if err := d.Chown(name, entry.UID, entry.GID); err != nil {
-			return err
-		}
-	}
 	for k, v := range entry.Xattrs {
-		if !w.e.Owners && !strings.HasPrefix(k, "user.") || entry.Type == layer.Symlink {
+		if !strings.HasPrefix(k, "user.") || entry.Type == layer.Symlink {
 			continue
 		}
 		if err := d.SetXattr(name, k, v); err != nil && !errors.Is(err, errors.ErrUnsupported) {

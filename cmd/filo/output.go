@@ -147,7 +147,7 @@ func (a *app) newExporter(s *state, say func(string)) export.Exporter {
 func (j *job) exporter(say func(string)) export.Exporter {
 	e := j.newExporter(j.state, say)
 	e.Warn = j.warn
-	e.Owners = j.root && j.ground.Name != rootless
+	e.Devices = j.root && j.ground.Name != rootless
 	e.AllowDelete = slices.Contains(j.flags.steps.allow, allowDelete)
 	return e
 }
