@@ -75,6 +75,7 @@ type Request struct {
 	Allow    []string           // entitlements: "network.host", "security.insecure"
 	Epoch    *int64             // SOURCE_DATE_EPOCH: pins "created" and clamps file times
 	Ships    *layer.Compression // how layers of the result leave the store; nil if no layer leaves (type=local, type=tar, no output)
+	Ground   sandbox.Ground     // where steps run
 	SingleID bool               // the sandbox has one user id only
 }
 

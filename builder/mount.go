@@ -68,7 +68,7 @@ func (w *walk) prepareMount(ctx context.Context, m dockerfile.Mount) (mount, err
 		if err := w.prepareSource(ctx, &pm); err != nil {
 			return pm, err
 		}
-		pm.key.Content = pm.source[0].digest(true, true)
+		pm.key.Content = pm.source[0].digest()
 	case dockerfile.MountCache:
 		if m.HasFrom {
 			return pm, w.prepareSource(ctx, &pm)
@@ -170,7 +170,7 @@ func (w *walk) bind(ctx context.Context, m mount) (sandbox.Mount, func(), error)
 		}
 		layers, sub = []layer.Layer{l}, at
 	}
-	o, err := w.Store.Overlay(ctx, layers, nil)
+	o, err := w.Store.Part(ctx, layers, sub)
 	if err != nil {
 		return sandbox.Mount{}, nil, err
 	}
@@ -184,7 +184,7 @@ func (w *walk) bind(ctx context.Context, m mount) (sandbox.Mount, func(), error)
 // materialise makes a layer of files that are in no layer yet and returns it with where in it they are.
 func (w *walk) materialise(ctx context.Context, source []picked) (layer.Layer, string, error) {
 	const at = "/source"
-	q, err := ask(struct{ Source string }{"materialise"}, source[0].digest(true, true))
+	q, err := ask(struct{ Source string }{"materialise"}, source[0].digest())
 	if err != nil {
 		return layer.Layer{}, "", err
 	}
@@ -208,7 +208,7 @@ func (w *walk) cacheMount(ctx context.Context, m mount) (sandbox.Mount, func(), 
 	h := sha256.New()
 	fmt.Fprintf(h, "%q %v %v %v\n", m.ID, deref(m.Mode, 0o755), deref(m.UID, 0), deref(m.GID, 0))
 	if m.HasFrom {
-		fmt.Fprintln(h, m.source[0].digest(true, true))
+		fmt.Fprintln(h, m.source[0].digest())
 	}
 	dir, lock, err := w.claim(ctx, filepath.Join(w.Store.Dir(), "mounts"), fmt.Sprintf("%x", h.Sum(nil)), m.Sharing)
 	if err != nil {

@@ -72,6 +72,9 @@ func (w *walk) run(ctx context.Context, v *vertex, r runStep, below []layer.Laye
 	if err != nil {
 		return layer.Layer{}, err
 	}
+	if err := w.Store.Prepare(ctx, below); err != nil {
+		return layer.Layer{}, err
+	}
 	acc, err := readAccounts(view)
 	if err != nil {
 		return layer.Layer{}, err
@@ -112,13 +115,14 @@ func (w *walk) execute(ctx context.Context, p sandbox.Process, below []layer.Lay
 }
 
 func rootOf(o *layer.Overlay) sandbox.Root {
-	return sandbox.Root{Lower: o.Lower, Upper: o.Upper, Work: o.Work}
+	return sandbox.Root{Dir: o.Root, Lower: o.Lower, Upper: o.Upper, Work: o.Work}
 }
 
 // process is op as a sandbox process, without its root and mounts.
 func (w *walk) process(v *vertex, op *dockerfile.Run, who account) sandbox.Process {
 	p := sandbox.Process{
-		Args: op.Args, Env: slices.Concat(op.Env, op.Proxy), Dir: op.Dir,
+		Ground: w.req.Ground,
+		Args:   op.Args, Env: slices.Concat(op.Env, op.Proxy), Dir: op.Dir,
 		UID: who.uid, GID: who.gid, Groups: who.groups,
 		Hostname: op.Hostname, Network: sandbox.Network(w.network(op)),
 		ExtraHosts: w.req.Hosts, ShmSize: w.req.ShmSize, Ulimits: w.req.Ulimits, Insecure: op.Insecure,

@@ -114,7 +114,7 @@ func Open(dir string, o Options) (*Store, error) {
 		return nil, fmt.Errorf("open store: %w", err)
 	}
 	s := &Store{
-		dir: dir, single: o.SingleID, storage: o.Storage,
+		dir: dir, single: o.SingleID,
 		indexes:  map[digest.Digest]*index{},
 		promises: map[digest.Digest][]promise{},
 		promised: map[digest.Digest]Layer{},
@@ -139,8 +139,7 @@ func Open(dir string, o Options) (*Store, error) {
 		return nil, fmt.Errorf("open store %s: %w", dir, err)
 	}
 	s.origin = newTreeOrigin(o.SingleID)
-	s.origin.Plain = s.merges()
-	if err := s.checkStorage(); err != nil {
+	if err := s.Use(o.Storage); err != nil {
 		s.Close()
 		return nil, fmt.Errorf("open store %s: %w", dir, err)
 	}

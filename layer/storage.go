@@ -39,23 +39,33 @@ func BestStorage(dir string) Storage {
 	return StorageVFS
 }
 
-// check says whether the store's file system can do what its storage needs.
-func (s *Store) checkStorage() error {
-	switch s.storage {
+// Use makes k the storage of steps to come; "" is StorageOverlay. No step may be under way.
+// It is an error if the store's file system cannot do what k needs.
+func (s *Store) Use(k Storage) error {
+	switch k {
 	case "", StorageOverlay, StorageVFS:
-		return nil
 	case StorageBtrfs:
-		dir, err := s.Temp("probe-")
-		if err != nil {
-			return err
-		}
-		defer removeAll(dir)
-		if err := makeSubvolume(dir, "probe"); err != nil {
+		if err := s.trySubvolume(); err != nil {
 			return fmt.Errorf("storage btrfs: make a subvolume: %w (is the state directory on btrfs?)", err)
 		}
-		return removeMerged(filepath.Join(dir, "probe"))
+	default:
+		return fmt.Errorf("storage %q: not one of overlay, btrfs, vfs", k)
 	}
-	return fmt.Errorf("storage %q: not one of overlay, btrfs, vfs", s.storage)
+	s.storage = k
+	s.origin.Plain = s.merges()
+	return nil
+}
+
+func (s *Store) trySubvolume() error {
+	dir, err := s.Temp("probe-")
+	if err != nil {
+		return err
+	}
+	defer removeAll(dir)
+	if err := makeSubvolume(dir, "probe"); err != nil {
+		return err
+	}
+	return removeMerged(filepath.Join(dir, "probe"))
 }
 
 // merges says whether layers are merged in directories rather than mounted as overlays.

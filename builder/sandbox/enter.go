@@ -23,6 +23,17 @@ const (
 	enteredName = "filo-rootless:"
 	// probeName is the argv[0] of a child that tries to mount and ends.
 	probeName = "filo-probe"
+	// noMounts is the exit status of a process that Enter started in a user namespace where,
+	// against expectation, nothing can be mounted.
+	noMounts = 213
+)
+
+// The names of grounds.
+const (
+	groundRoot     = "root"
+	groundRootless = "rootless"
+	groundChroot   = "chroot"
+	groundNone     = "none"
 )
 
 // Enter finds the best isolation that works here, or the one asked for: "" or
@@ -49,11 +60,16 @@ func enter(isolation string) (Ground, error) {
 			return Ground{Name: "root", SingleID: singleID(), Reason: "running as root"}, nil
 		}
 		noUser := descend()
-		return Ground{
-			Name:     "none",
+		g := Ground{
+			Name:     groundChroot,
 			SingleID: singleID() || !has(capability.CAP_CHOWN),
 			Reason:   fmt.Sprintf("root: %v; rootless: %v", noRoot, noUser),
-		}, nil
+		}
+		if err := chrootWorks(); err != nil {
+			g.Name = groundNone
+			g.Reason += fmt.Sprintf("; chroot: %v", err)
+		}
+		return g, nil
 	case "root":
 		if err := rootWorks(); err != nil {
 			return Ground{}, fmt.Errorf("isolation root: %w", err)
@@ -62,7 +78,10 @@ func enter(isolation string) (Ground, error) {
 	case "rootless":
 		return Ground{}, fmt.Errorf("isolation rootless: %w", descend())
 	case "chroot":
-		return Ground{}, errors.New("isolation chroot: not supported yet: steps cannot run without mount and pid namespaces; use root or rootless")
+		if err := chrootWorks(); err != nil {
+			return Ground{}, fmt.Errorf("isolation chroot: %w", err)
+		}
+		return Ground{Name: groundChroot, SingleID: singleID() || !has(capability.CAP_CHOWN), Reason: "asked for"}, nil
 	}
 	return Ground{}, fmt.Errorf("isolation %q: not one of auto, root, rootless, chroot", isolation)
 }
@@ -188,7 +207,7 @@ func descend() error {
 		}
 		c, err := m.enter(joined(why))
 		if err == nil {
-			c.accompany()
+			err = c.accompany()
 		}
 		why = append(why, err)
 		var fatal *noUserNamespace
@@ -272,8 +291,9 @@ func everyCapability() (caps []uintptr) {
 	return caps
 }
 
-// accompany passes signals on until the process ends, and ends likewise.
-func (c *entering) accompany() {
+// accompany passes signals on until the process ends, and ends likewise. It returns if the
+// process found that it cannot mount.
+func (c *entering) accompany() error {
 	signals := make(chan os.Signal, 16)
 	signal.Notify(signals, unix.SIGINT, unix.SIGTERM, unix.SIGHUP, unix.SIGQUIT, unix.SIGUSR1, unix.SIGUSR2)
 	go func() {
@@ -289,6 +309,10 @@ func (c *entering) accompany() {
 		fmt.Fprintln(os.Stderr, "wait for rootless process:", err)
 		os.Exit(1)
 	}
+	if state.ExitCode() == noMounts {
+		signal.Reset()
+		return &noUserNamespace{errors.New("mounts in it are refused (docker run --security-opt apparmor=unconfined)")}
+	}
 	status, ok := state.Sys().(syscall.WaitStatus)
 	if !ok || !status.Signaled() {
 		os.Exit(state.ExitCode())
@@ -296,6 +320,7 @@ func (c *entering) accompany() {
 	signal.Reset(status.Signal())
 	syscall.Kill(os.Getpid(), status.Signal())
 	os.Exit(128 + int(status.Signal()))
+	return nil
 }
 
 // foreground reports whether keys like ctrl-C reach this process.
@@ -350,13 +375,15 @@ func arrive(fd int, isolation string) (Ground, error) {
 	if err := gob.NewDecoder(f).Decode(&g); err != nil {
 		return Ground{}, fmt.Errorf("read ground: %w", err)
 	}
-	if err := mountsWork(); err == nil {
+	err := mountsWork()
+	if err == nil {
 		return g, nil
-	} else if err = refused(err); isolation == "rootless" {
-		return Ground{}, fmt.Errorf("isolation rootless: %w", err)
-	} else {
-		return Ground{Name: "none", SingleID: g.SingleID, Reason: err.Error()}, nil
 	}
+	if isolation == groundRootless {
+		return Ground{}, fmt.Errorf("isolation rootless: %w", refused(err))
+	}
+	os.Exit(noMounts) // the first process tries something else
+	return Ground{}, nil
 }
 
 // noUserNamespace says why there is none, in words that help.

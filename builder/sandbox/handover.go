@@ -11,6 +11,8 @@ import (
 	"path"
 	"strings"
 	"syscall"
+
+	"github.com/moby/sys/capability"
 )
 
 const (
@@ -51,7 +53,9 @@ func prepare(p Process) (*handover, error) {
 		return fail("read resolv.conf", err)
 	}
 	var filter []byte
-	if !p.Insecure {
+	// Without the capability, a filter would keep set-user-ID programs from
+	// working; then the one that filo itself runs under has to do.
+	if !p.Insecure && (p.Ground.Name != groundChroot || has(capability.CAP_SYS_ADMIN)) {
 		if filter, err = seccompFilter(); err != nil {
 			return fail("compile seccomp filter", err)
 		}
@@ -70,6 +74,12 @@ func check(p Process) error {
 	}
 	if err := p.Root.check(); err != nil {
 		return fail("root: %w", err)
+	}
+	if p.Ground.Name == groundChroot && p.Root.Dir == "" {
+		return fail("root: layers cannot be mounted on the chroot ground")
+	}
+	if p.Ground.Name == groundChroot && p.Network == NetworkNone {
+		return fail("network none: this needs a network namespace, which cannot be made here (isolation chroot: %s)", p.Ground.Reason)
 	}
 	if strings.ContainsFunc(p.Hostname, func(r rune) bool { return r <= ' ' || r == 0x7f }) {
 		return fail("hostname %q: not a name", p.Hostname)
@@ -98,6 +108,12 @@ func check(p Process) error {
 }
 
 func (r Root) check() error {
+	if r.Dir != "" {
+		if len(r.Lower) > 0 || r.Upper != "" || r.Work != "" {
+			return fmt.Errorf("a directory and an overlay")
+		}
+		return nil
+	}
 	if len(r.Lower) == 0 {
 		return fmt.Errorf("no lower directory")
 	}
@@ -131,6 +147,10 @@ func hostsFile(hostname string, extra []string) ([]byte, error) {
 // send writes the handover and closes w.
 func (h *handover) send(w *os.File) error {
 	defer w.Close()
+	return h.write(w)
+}
+
+func (h *handover) write(w io.Writer) error {
 	b := bufio.NewWriter(w)
 	if err := gob.NewEncoder(b).Encode(h); err != nil {
 		return err

@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/signal"
 	"runtime"
+	"strconv"
 	"syscall"
 
 	"golang.org/x/sys/unix"
@@ -27,6 +28,17 @@ func Init() {
 		runtime.LockOSThread()
 		tell(become())
 		os.Exit(1)
+	case os.Args[0] == keeperName:
+		runtime.LockOSThread()
+		if err := keep(); err != nil {
+			tell(err)
+			os.Exit(1)
+		}
+		os.Exit(0)
+	case os.Args[0] == actorName:
+		runtime.LockOSThread()
+		tell(act())
+		os.Exit(1)
 	case os.Args[0] == probeName:
 		os.Exit(probed())
 	default:
@@ -34,22 +46,43 @@ func Init() {
 	}
 }
 
-// become turns this process into the one it was made for. It returns only if
-// that cannot be done.
-func become() error {
+// begin reads the order in a child that is to become the process.
+func begin() (*handover, error) {
 	order := os.NewFile(orderFD, "order")
 	unix.CloseOnExec(reportFD)
 	h, err := receive(order)
 	order.Close()
 	if err != nil {
-		return at("read the order", err)
+		return nil, at("read the order", err)
 	}
 	// Whatever filo was started with, and what is opened from here on, is not
 	// the process's.
-	if err := unix.CloseRange(orderFD, math.MaxUint32, unix.CLOSE_RANGE_CLOEXEC); err != nil {
-		return at("close inherited files", err)
+	if err := unix.CloseRange(orderFD, math.MaxUint32, unix.CLOSE_RANGE_CLOEXEC); err != nil && !errors.Is(err, unix.ENOSYS) && !errors.Is(err, unix.EPERM) {
+		return nil, at("close inherited files", err)
+	} else if err != nil {
+		closeOnExec() // a filter that is older than the call
 	}
 	unix.Umask(0)
+	return h, nil
+}
+
+// closeOnExec is the close_range of old kernels.
+func closeOnExec() {
+	names, _ := os.ReadDir("/proc/self/fd")
+	for _, n := range names {
+		if fd, err := strconv.Atoi(n.Name()); err == nil && fd >= orderFD {
+			unix.CloseOnExec(fd)
+		}
+	}
+}
+
+// become turns this process into the one it was made for. It returns only if
+// that cannot be done.
+func become() error {
+	h, err := begin()
+	if err != nil {
+		return err
+	}
 	if err := enterRoot(h); err != nil {
 		return err
 	}
@@ -61,6 +94,11 @@ func become() error {
 			return at("bring up lo", err)
 		}
 	}
+	return h.become()
+}
+
+// become executes the process in the root that this one has.
+func (h *handover) become() error {
 	dir, err := workingDirectory(h.Process.Dir, h.Process.UID, h.Process.GID)
 	if err != nil {
 		return at("open working directory "+h.Process.Dir, err)

@@ -130,14 +130,13 @@ func attach(mount, target int) error {
 
 // root makes a mount of a stack of trees.
 func (s *stage) root(r Root) (int, error) {
+	if r.Dir != "" {
+		return wholeDir(r.Dir)
+	}
 	if len(r.Lower) == 1 && r.Upper == "" {
-		fd, err := clone(unix.AT_FDCWD, r.Lower[0], 0)
-		if errors.Is(err, unix.EINVAL) {
-			// In a user namespace, what is mounted below must come along.
-			fd, err = clone(unix.AT_FDCWD, r.Lower[0], unix.AT_RECURSIVE)
-		}
+		fd, err := wholeDir(r.Lower[0])
 		if err != nil {
-			return -1, &os.PathError{Op: "clone", Path: r.Lower[0], Err: err}
+			return -1, err
 		}
 		return fd, restrict(fd, unix.MOUNT_ATTR_RDONLY)
 	}
@@ -159,6 +158,19 @@ func (s *stage) root(r Root) (int, error) {
 	}
 	fd, err := s.classic(l)
 	return fd, hint(r, err)
+}
+
+// wholeDir makes a mount of a directory.
+func wholeDir(name string) (int, error) {
+	fd, err := clone(unix.AT_FDCWD, name, 0)
+	if errors.Is(err, unix.EINVAL) {
+		// In a user namespace, what is mounted below must come along.
+		fd, err = clone(unix.AT_FDCWD, name, unix.AT_RECURSIVE)
+	}
+	if err != nil {
+		return -1, &os.PathError{Op: "clone", Path: name, Err: err}
+	}
+	return fd, nil
 }
 
 // layers are the directories of an overlay, opened: their paths may hold any
@@ -384,4 +396,38 @@ func (s *stage) overlay(m Mount) (int, bool, error) {
 		return -1, false, err
 	}
 	return fd, isDirectory(part), unix.Unmount(fdPath(whole), unix.MNT_DETACH)
+}
+
+// Overlays reports why overlays with their upper directory on the filesystem of
+// dir, which is empty, cannot be mounted on this ground; nil if they can.
+func Overlays(dir string) error {
+	r := Root{Lower: []string{dir + "/low"}, Upper: dir + "/up", Work: dir + "/work"}
+	for _, name := range []string{r.Lower[0], r.Upper, r.Work} {
+		if err := os.Mkdir(name, 0o755); err != nil {
+			return err
+		}
+	}
+	l, err := openLayers(r)
+	if err != nil {
+		return err
+	}
+	defer l.close()
+	fd, err := detached("overlay", 0, l.options()...)
+	if err == nil {
+		return unix.Close(fd)
+	}
+	if errors.Is(err, unix.EINVAL) && !appendsLayers() {
+		return nil // mount(2) does it in the child; here it would be seen
+	}
+	return hint(r, err)
+}
+
+// appendsLayers says whether the kernel takes an overlay's layers one by one, as from 6.7 on.
+func appendsLayers() bool {
+	fs, err := unix.Fsopen("overlay", unix.FSOPEN_CLOEXEC)
+	if err != nil {
+		return true
+	}
+	defer unix.Close(fs)
+	return unix.FsconfigSetString(fs, "lowerdir+", "/") == nil
 }

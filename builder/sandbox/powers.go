@@ -68,7 +68,7 @@ func dropPowers(p Process, filter []byte) error {
 	}
 	if !p.Insecure {
 		keep &= setOf(defaultCapabilities[:]...)
-		if err := dropBounding(keep); err != nil {
+		if err := dropBounding(keep); err != nil && !(p.Ground.Name == groundChroot && errors.Is(err, unix.EPERM)) {
 			return at("drop capabilities", err)
 		}
 	}
@@ -95,7 +95,7 @@ func setUser(p Process) error {
 		groups = append(groups, uint32(g))
 	}
 	_, _, errno := unix.RawSyscall(unix.SYS_SETGROUPS, uintptr(len(groups)), uintptr(unsafe.Pointer(unsafe.SliceData(groups))), 0)
-	if errno != 0 && !(errno == unix.EPERM && setgroupsDenied()) {
+	if errno != 0 && !(errno == unix.EPERM && (setgroupsDenied() || p.UID == os.Getuid() && p.GID == os.Getgid())) {
 		return at("set groups", noSuchID(errno))
 	}
 	if _, _, errno := unix.RawSyscall(unix.SYS_SETRESGID, uintptr(p.GID), uintptr(p.GID), uintptr(p.GID)); errno != 0 {
@@ -116,6 +116,9 @@ func setgroupsDenied() bool {
 	b, _ := os.ReadFile("/proc/self/setgroups")
 	return strings.TrimSpace(string(b)) == "deny"
 }
+
+// capName is a capability as Docker's flags say it.
+func capName(c capability.Cap) string { return strings.ToUpper(c.String()) }
 
 func noSuchID(err syscall.Errno) error {
 	if err != unix.EINVAL {

@@ -12,7 +12,8 @@
 // (init.go, mount.go, dev.go, target.go), pivots, drops powers (powers.go,
 // seccomp.go) and executes (exec.go). What the two say to each other is in
 // handover.go. [Enter] (enter.go, idmap.go) finds the ground before any of
-// this: root as it is, or a user namespace in which filo is root.
+// this: root as it is, a user namespace in which filo is root, or a container
+// where nothing but chroot works (chroot.go, scene.go).
 package sandbox
 
 import (
@@ -26,8 +27,9 @@ import (
 	"syscall"
 )
 
-// Root is a stack of unpacked trees shown as one filesystem.
+// Root is a stack of unpacked trees shown as one filesystem, or a directory that holds it already.
 type Root struct {
+	Dir   string   // shown as it is and written to; then there is nothing else
 	Lower []string // top first
 	Upper string   // takes what is written; "" makes the root read-only
 	Work  string   // overlayfs' own directory, on the filesystem of Upper
@@ -80,6 +82,7 @@ type Mount struct {
 // Process is a program and all it may see. The zero values mean Docker's
 // defaults.
 type Process struct {
+	Ground         Ground // what [Enter] found
 	Root           Root
 	Args, Env      []string
 	Dir            string // working directory in the root, made if missing; "" is /
@@ -131,7 +134,7 @@ type MountPoint struct {
 
 // Ground is what isolation this process found.
 type Ground struct {
-	Name     string // "root", "rootless", or "none": [Run] will not work here
+	Name     string // "root", "rootless", "chroot", or "none": [Run] will not work here
 	SingleID bool   // only one user ID exists: ownership cannot be put on disk
 	Reason   string // why this ground and not a better one
 }
@@ -146,6 +149,12 @@ func Run(ctx context.Context, p Process) error {
 	}
 	if err := check(p); err != nil {
 		return err
+	}
+	switch p.Ground.Name {
+	case groundNone:
+		return &SetupError{Step: "start", Err: fmt.Errorf("steps cannot run here: %s", p.Ground.Reason)}
+	case groundChroot:
+		return runChroot(ctx, p)
 	}
 	// The kernel sends the death signal when the thread that made the child
 	// ends, so this thread has to stay for as long as the child does.
@@ -178,7 +187,7 @@ func Run(ctx context.Context, p Process) error {
 	case !started:
 		return &SetupError{Step: "start", Err: fmt.Errorf("child ended early: %s", state)}
 	}
-	return c.written(exitError(p.Args, state))
+	return c.written(exitError(p.Args, state.Sys().(syscall.WaitStatus)))
 }
 
 // running is a started child and this side of its pipes.
@@ -186,6 +195,7 @@ type running struct {
 	process *os.Process
 	order   *os.File // the handover goes in here
 	report  *os.File // set-up errors come out here, then end of file at exec
+	status  *os.File // on the chroot ground, how the process ended
 	outputs []*output
 }
 
@@ -209,18 +219,21 @@ func start(p Process) (*running, error) {
 	order, c.order = t.pipe()
 	c.report, report = t.pipe()
 	t.files = append(t.files, null, order, report)
+	files, name, flags := []*os.File{null, stdout, stderr, order, report}, childName, namespaces(p.Network)
+	if p.Ground.Name == groundChroot {
+		var status *os.File
+		c.status, status = t.pipe()
+		t.files = append(t.files, status)
+		files, name, flags = append(files, status), keeperName, 0
+	}
 	err := t.err
 	if err == nil {
-		c.process, err = os.StartProcess(self, []string{childName}, &os.ProcAttr{
+		c.process, err = os.StartProcess(self, []string{name}, &os.ProcAttr{
 			// Not the child's environment but its Go runtime's: it lives for
 			// milliseconds, collecting garbage would be a waste.
 			Env:   []string{"GOGC=off"},
-			Files: []*os.File{null, stdout, stderr, order, report},
-			Sys: &syscall.SysProcAttr{
-				Cloneflags: namespaces(p.Network),
-				Pdeathsig:  syscall.SIGKILL,
-				Setsid:     true,
-			},
+			Files: files,
+			Sys:   attributes(flags),
 		})
 	}
 	if err != nil {
@@ -275,6 +288,15 @@ func (c *running) instruct(p Process) error {
 	return nil
 }
 
+// attributes are those of a child. A keeper outlives filo, to end what it keeps.
+func attributes(flags uintptr) *syscall.SysProcAttr {
+	a := &syscall.SysProcAttr{Cloneflags: flags, Setsid: true}
+	if flags != 0 {
+		a.Pdeathsig = syscall.SIGKILL
+	}
+	return a
+}
+
 func namespaces(n Network) uintptr {
 	flags := uintptr(syscall.CLONE_NEWNS | syscall.CLONE_NEWPID | syscall.CLONE_NEWIPC | syscall.CLONE_NEWUTS | syscall.CLONE_NEWCGROUP)
 	if n == NetworkNone {
@@ -303,7 +325,7 @@ func (c *running) written(err error) error {
 }
 
 func (c *running) close() {
-	for _, f := range []*os.File{c.order, c.report} {
+	for _, f := range []*os.File{c.order, c.report, c.status} {
 		f.Close()
 	}
 	for _, o := range c.outputs {
@@ -320,13 +342,12 @@ func same(a, b io.Writer) bool {
 	return a == b
 }
 
-func exitError(args []string, state *os.ProcessState) error {
-	if state.Success() {
-		return nil
-	}
-	status, ok := state.Sys().(syscall.WaitStatus)
-	if ok && status.Signaled() {
+func exitError(args []string, status syscall.WaitStatus) error {
+	switch {
+	case status.Signaled():
 		return &ExitError{Args: args, Code: 128 + int(status.Signal()), Signal: status.Signal()}
+	case status.ExitStatus() != 0:
+		return &ExitError{Args: args, Code: status.ExitStatus()}
 	}
-	return &ExitError{Args: args, Code: state.ExitCode()}
+	return nil
 }

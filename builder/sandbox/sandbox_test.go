@@ -135,10 +135,39 @@ func insideMain(verb string, args []string) error {
 				fmt.Println(which, int64(l.Cur), int64(l.Max))
 			}
 		}
+	case "rmall":
+		for _, name := range args {
+			if err := os.RemoveAll(name); err != nil {
+				return err
+			}
+		}
+	case "mv":
+		return os.Rename(args[0], args[1])
+	case "orphans":
+		return detach(args[0], len(args) > 1)
+	case "nap":
+		time.Sleep(time.Hour)
 	case "umask":
 		fmt.Printf("%o\n", syscall.Umask(0))
 	default:
 		return fmt.Errorf("no verb %s", verb)
+	}
+	return nil
+}
+
+// detach leaves processes behind as daemons do it: in sessions of their own, with a parent that is gone.
+func detach(word string, wait bool) error {
+	for range 3 {
+		cmd := exec.Command("/bin/" + insideName)
+		cmd.Args = []string{insideName, "nap", word}
+		cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
+		if err := cmd.Start(); err != nil {
+			return err
+		}
+		fmt.Println("detached")
+	}
+	if wait {
+		time.Sleep(time.Hour)
 	}
 	return nil
 }

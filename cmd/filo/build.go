@@ -141,7 +141,7 @@ func (j *job) newBuilder() *builder.Builder {
 // build builds, exports, and writes the files about the result.
 func (j *job) build(ctx context.Context) error {
 	b := j.newBuilder()
-	j.req.SingleID = j.ground.SingleID
+	j.req.Ground, j.req.SingleID = j.ground, j.ground.SingleID
 	for _, o := range j.outputs {
 		if c := o.Compression(); c != nil && j.req.Ships == nil {
 			j.req.Ships = c

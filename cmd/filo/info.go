@@ -8,6 +8,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"filo/builder/image"
+	"filo/builder/sandbox"
 )
 
 // info is `filo info`.
@@ -33,6 +34,10 @@ func (a *app) info() *cobra.Command {
 			if s.ground.Reason != "" {
 				fmt.Fprintf(w, "because\t%s\n", s.ground.Reason)
 			}
+			if s.ground.Name == "chroot" {
+				fmt.Fprintf(w, "limits\t%s\n", sandbox.ChrootLimits)
+			}
+			fmt.Fprintf(w, "storage\t%s\n", s.storing)
 			if s.ground.SingleID {
 				fmt.Fprintf(w, "user ids\tone only: owners of files are kept in the image, not on disk\n")
 			}

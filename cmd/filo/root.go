@@ -40,6 +40,7 @@ type app struct {
 	stateDir  string            // --root
 	hosts     string            // --registry-config
 	isolation string            // --isolation
+	storage   string            // --storage
 	display   *progress.Display // of a build; its last lines are shown with an error
 }
 
@@ -89,6 +90,7 @@ func (a *app) command(args []string) *cobra.Command {
 	cmd.PersistentFlags().StringVar(&a.stateDir, "root", "", "state `directory` (default $FILO_ROOT, or a per-user directory)")
 	cmd.PersistentFlags().StringVar(&a.hosts, "registry-config", "", "mirrors, http and authorities of registries: a registries.conf, a hosts.toml, or a `directory` of HOST/hosts.toml (default $FILO_REGISTRY_CONFIG)")
 	cmd.PersistentFlags().StringVar(&a.isolation, "isolation", "auto", "how steps are isolated: auto, root, rootless or chroot")
+	cmd.PersistentFlags().StringVar(&a.storage, "storage", "auto", "how layers become one directory for RUN: auto, overlay, btrfs or vfs")
 	cmd.AddCommand(a.build(), a.push(), a.pull(), a.images(), a.inspect(), a.history(), a.tag(), a.rmi(), a.prune(), a.du(), a.info(), a.versionCommand())
 	return cmd
 }
@@ -135,6 +137,7 @@ const rootless = "rootless"
 // state is the state directory opened, with those who work on it.
 type state struct {
 	ground   sandbox.Ground
+	storing  storing
 	store    *layer.Store
 	cache    *cache.Store
 	registry *registry.Client
@@ -160,7 +163,13 @@ func (a *app) open(enter bool) (*state, error) {
 	if s.store, err = layer.Open(dir, layer.Options{SingleID: s.ground.SingleID}); err != nil {
 		return nil, err
 	}
-	if err := s.prepare(dir, a.now); err != nil {
+	if enter {
+		s.storing, err = a.useStorage(s.ground, s.store)
+	}
+	if err == nil {
+		err = s.prepare(dir, a.now)
+	}
+	if err != nil {
 		s.store.Close()
 		return nil, err
 	}

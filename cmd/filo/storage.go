@@ -1,0 +1,69 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"os"
+
+	"filo/builder/sandbox"
+	"filo/layer"
+)
+
+// storing is how layers become one directory for a step, and why.
+type storing struct {
+	layer.Storage
+	reason string
+}
+
+// useStorage decides how layers become one directory on a ground, and tells st: as --storage says, or by an overlay where
+// one can be mounted, else by snapshots, else by a copy.
+func (a *app) useStorage(g sandbox.Ground, st *layer.Store) (storing, error) {
+	s, err := a.storageFor(g, st)
+	if err != nil {
+		return s, err
+	}
+	return s, st.Use(s.Storage)
+}
+
+func (a *app) storageFor(g sandbox.Ground, st *layer.Store) (storing, error) {
+	mounts := g.Name != "chroot" && g.Name != "none"
+	want := layer.Storage(a.storage)
+	switch {
+	case want == "auto" && !mounts:
+		return storing{layer.StorageVFS, "nothing can be mounted"}, nil
+	case want == "auto":
+		if err := overlays(st); err != nil {
+			return storing{layer.BestStorage(st.Dir()), "overlay: " + err.Error()}, nil
+		}
+		return storing{Storage: layer.StorageOverlay}, nil
+	case want == layer.StorageOverlay && !mounts:
+		return storing{}, fmt.Errorf("--storage overlay: nothing can be mounted here: %s", g.Reason)
+	case want == layer.StorageOverlay:
+		if err := overlays(st); err != nil {
+			return storing{}, fmt.Errorf("--storage overlay: %w", err)
+		}
+	case want == layer.StorageBtrfs && !mounts:
+		return storing{}, errors.New("--storage btrfs: nothing can be moved into a subvolume, and nothing can be mounted here; use vfs")
+	case want != layer.StorageBtrfs && want != layer.StorageVFS:
+		return storing{}, &usageError{"filo", fmt.Errorf("--storage %q: must be auto, overlay, btrfs or vfs", a.storage)}
+	}
+	return storing{want, "asked for"}, nil
+}
+
+// overlays reports why no overlay can be mounted with its upper directory in the store.
+func overlays(st *layer.Store) error {
+	dir, err := st.Temp("probe-")
+	if err != nil {
+		return err
+	}
+	defer os.RemoveAll(dir)
+	return sandbox.Overlays(dir)
+}
+
+// String is for `filo info`.
+func (s storing) String() string {
+	if s.reason == "" {
+		return string(s.Storage)
+	}
+	return fmt.Sprintf("%s (%s)", s.Storage, s.reason)
+}
