@@ -108,10 +108,9 @@ func pickInline(in dockerfile.Inline) picked {
 func (c copyStep) key(epoch *int64) (copyKey, []digest.Digest) {
 	op := c.op
 	k := copyKey{"copy", op.Dest, op.Chown, op.Chmod, op.Parents, c.link(), epoch}
-	_, err := strconv.ParseUint(op.Chmod, 8, 32)
 	var inputs []digest.Digest
 	for _, p := range c.source {
-		inputs = append(inputs, p.digest(op.Chown == "", err != nil))
+		inputs = append(inputs, p.digest())
 	}
 	return k, inputs
 }

@@ -391,9 +391,9 @@ func (o *origin) digestAll(ctx context.Context, all []picked) error {
 	return g.Wait()
 }
 
-// digest names the content of a picked source as far as it reaches the image: not times; owners and modes only if keep
-// says so.
-func (p *picked) digest(keepOwner, keepMode bool) digest.Digest {
+// digest names the content of a picked source, times left out. As in BuildKit owners and modes count even where --chown
+// and --chmod replace them.
+func (p *picked) digest() digest.Digest {
 	h := sha256.New()
 	fmt.Fprintf(h, "%q %v %v\n", p.name, p.contents, p.unpack)
 	inodes := map[string]int{}
@@ -401,12 +401,13 @@ func (p *picked) digest(keepOwner, keepMode bool) digest.Digest {
 	for i, f := range p.files {
 		b = strconv.AppendQuote(b[:0], f.Path)
 		b = append(b, ' ', byte(f.Type))
-		if keepMode && !(i == 0 && f.Type == layer.Dir) {
+		if i != 0 || f.Type != layer.Dir {
 			b = strconv.AppendUint(append(b, " m"...), uint64(f.Mode), 8)
 		}
-		if keepOwner {
-			b = strconv.AppendInt(append(b, " o"...), int64(f.UID), 10)
-			b = strconv.AppendInt(append(b, ':'), int64(f.GID), 10)
+		b = strconv.AppendInt(append(b, " o"...), int64(f.UID), 10)
+		b = strconv.AppendInt(append(b, ':'), int64(f.GID), 10)
+		if f.held {
+			b = append(b, " held"...)
 		}
 		b = append(append(b, ' '), f.Digest...)
 		b = strconv.AppendQuote(append(b, ' '), f.Link)

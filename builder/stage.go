@@ -404,7 +404,7 @@ func (w *walk) fromFiles(ctx context.Context, of *layered, r *stageRun) error {
 	if err != nil {
 		return err
 	}
-	q, err := ask(struct{ From string }{"files"}, source[0].digest(true, true))
+	q, err := ask(struct{ From string }{"files"}, source[0].digest())
 	if err != nil {
 		return err
 	}
