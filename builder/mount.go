@@ -210,42 +210,44 @@ func (w *walk) cacheMount(ctx context.Context, m mount) (sandbox.Mount, func(), 
 	if m.HasFrom {
 		fmt.Fprintln(h, m.source[0].digest())
 	}
-	dir, lock, err := w.claim(ctx, filepath.Join(w.Store.Dir(), "mounts"), fmt.Sprintf("%x", h.Sum(nil)), m.Sharing)
+	parent, id := filepath.Join(w.Store.Dir(), "mounts"), fmt.Sprintf("%x", h.Sum(nil))
+	if err := os.MkdirAll(parent, 0o700); err != nil {
+		return sandbox.Mount{}, nil, fmt.Errorf("cache mount %s: %w", m.ID, err)
+	}
+	if m.Sharing != "private" && w.req.NoCache && w.firstUse(id) {
+		if err := w.renew(ctx, filepath.Join(parent, id), m); err != nil {
+			return sandbox.Mount{}, nil, fmt.Errorf("cache mount %s: %w", m.ID, err)
+		}
+	}
+	dir, lock, err := w.claim(ctx, parent, id, m.Sharing)
 	if err != nil {
 		return sandbox.Mount{}, nil, fmt.Errorf("cache mount %s: %w", m.ID, err)
 	}
 	free := func() { lock.Unlock() }
-	anew := w.req.NoCache && w.firstUse(dir)
-	if anew && !lock.Locked() {
-		if anew, err = alone(ctx, lock); err != nil {
-			return sandbox.Mount{}, free, fmt.Errorf("cache mount %s: %w", m.ID, err)
-		}
-		if !anew {
-			w.warn("cache mount %s: another build uses it, so it is not emptied", m.ID)
-		}
-	}
+	anew := m.Sharing == "private" && w.req.NoCache && w.firstUse(filepath.Base(dir))
 	if err := w.fill(ctx, dir, m, anew); err != nil {
 		return sandbox.Mount{}, free, fmt.Errorf("cache mount %s: %w", m.ID, err)
 	}
 	return sandbox.Mount{Type: sandbox.Bind, Source: filepath.Join(dir, "data")}, free, nil
 }
 
-// alone makes a shared lock exclusive if nobody else holds it. If somebody does, it stays shared.
-func alone(ctx context.Context, lock *flock.Flock) (bool, error) {
+// renew makes the cache mount in dir anew, unless somebody uses it.
+func (w *walk) renew(ctx context.Context, dir string, m mount) error {
+	lock := flock.New(dir + ".lock")
 	ok, err := lock.TryLock()
-	if ok || err != nil {
-		return ok, err
+	if err != nil {
+		return err
 	}
-	_, err = lock.TryRLockContext(ctx, lockPause) // flock(2) gives the old lock up even if the new one is not to be had
-	return false, err
+	if !ok {
+		w.warn("cache mount %s: another build uses it, so it is not emptied", m.ID)
+		return nil
+	}
+	return errors.Join(w.fill(ctx, dir, m, true), lock.Unlock())
 }
 
 // claim returns the directory of a cache mount, locked as sharing says: "shared" with others, "locked" alone after
 // waiting, "private" alone, or else another directory.
 func (w *walk) claim(ctx context.Context, parent, id, sharing string) (string, *flock.Flock, error) {
-	if err := os.MkdirAll(parent, 0o700); err != nil {
-		return "", nil, err
-	}
 	for i := 0; ; i++ {
 		name := id
 		if i > 0 {
@@ -386,9 +388,9 @@ func writeFile(src *picked, f file, at string) error {
 	return errors.Join(err, out.Chmod(fileMode(f.Mode)), out.Close())
 }
 
-// firstUse reports whether this build has not used the cache mount in dir before.
-func (w *walk) firstUse(dir string) bool {
-	_, used := w.cacheMounts.LoadOrStore(dir, true)
+// firstUse reports whether this build has not used the cache mount of that name before.
+func (w *walk) firstUse(name string) bool {
+	_, used := w.cacheMounts.LoadOrStore(name, true)
 	return !used
 }
 
