@@ -133,6 +133,19 @@ const (
 	Canceled
 	Log
 	Warned
+	Entered // a phase begins; it may come before Started or end after the vertex did
+	Left    // and ends
+)
+
+// The phases of a vertex.
+const (
+	Keying      = "key"      // finds what a step reads and asks the cache
+	Waiting     = "wait"     // for another build that does the same, or for other steps to end
+	Unpacking   = "unpack"   // makes the layers below ready for a process
+	Running     = "run"      // the process
+	Snapshoting = "snapshot" // makes a layer of what the process changed
+	Copying     = "copy"     // makes a layer of files
+	Compressing = "compress" // makes the blob of a layer, mostly while later steps run
 )
 
 // Event is one piece of news about a vertex. It carries no time: who draws it knows when it came.
@@ -141,7 +154,7 @@ type Event struct {
 	Name   string // `[stage 2/5] RUN apt-get update`
 	State  State
 	Stream int    // Log: 1 for standard output, 2 for standard error
-	Data   []byte // Log, Warned: the text
+	Data   []byte // Log, Warned: the text; Entered, Left: the phase
 	Err    error  // Failed
 }
 
@@ -178,9 +191,23 @@ type vertex struct {
 
 // start announces a new vertex.
 func (b *build) start(format string, args ...any) *vertex {
-	v := &vertex{b: b, id: int(b.vertices.Add(1)), name: fmt.Sprintf(format, args...)}
+	v := b.vertex(fmt.Sprintf(format, args...))
 	v.emit(Event{State: Started})
 	return v
+}
+
+// vertex makes a vertex that is not announced yet.
+func (b *build) vertex(name string) *vertex {
+	return &vertex{b: b, id: int(b.vertices.Add(1)), name: name}
+}
+
+// phase tells that a phase of v begins, and the returned function that it ends. A nil vertex tells nothing.
+func (v *vertex) phase(name string) (leave func()) {
+	if v == nil {
+		return func() {}
+	}
+	v.emit(Event{State: Entered, Data: []byte(name)})
+	return func() { v.emit(Event{State: Left, Data: []byte(name)}) }
 }
 
 func (v *vertex) emit(e Event) {

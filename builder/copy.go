@@ -116,7 +116,7 @@ func (c copyStep) key(epoch *int64) (copyKey, []digest.Digest) {
 }
 
 // copy does a COPY or ADD on the layers below and returns the layer of what it changed.
-func (w *walk) copy(ctx context.Context, c copyStep, below []layer.Layer, created int64, sinks layer.Sinks) (layer.Layer, error) {
+func (w *walk) copy(ctx context.Context, v *vertex, c copyStep, below []layer.Layer, created int64, sinks layer.Sinks) (layer.Layer, error) {
 	var view *layer.View
 	if !c.link() {
 		var err error
@@ -136,7 +136,7 @@ func (w *walk) copy(ctx context.Context, c copyStep, below []layer.Layer, create
 			return layer.Layer{}, err
 		}
 	}
-	return w.create(ctx, p, sinks)
+	return w.create(ctx, v, p, sinks)
 }
 
 func (p *plan) copyOrUnpack(src *picked, dest string, a attributes, sp *spool) error {
@@ -149,11 +149,12 @@ func (p *plan) copyOrUnpack(src *picked, dest string, a attributes, sp *spool) e
 }
 
 // create makes a layer of what p changes. Bytes that are not those keyed are an error that wraps [layer.ErrChanged].
-func (w *walk) create(ctx context.Context, p *plan, sinks layer.Sinks) (layer.Layer, error) {
-	if err := w.jobs.Acquire(ctx, 1); err != nil {
+func (w *walk) create(ctx context.Context, v *vertex, p *plan, sinks layer.Sinks) (layer.Layer, error) {
+	if err := w.turn(ctx, v); err != nil {
 		return layer.Layer{}, err
 	}
 	defer w.jobs.Release(1)
+	defer v.phase(Copying)()
 	lw, err := w.Store.Create(ctx, sinks)
 	if err != nil {
 		return layer.Layer{}, err
@@ -163,6 +164,12 @@ func (w *walk) create(ctx context.Context, p *plan, sinks layer.Sinks) (layer.La
 		return layer.Layer{}, err
 	}
 	return lw.Close()
+}
+
+// turn waits until one more step may be done.
+func (w *walk) turn(ctx context.Context, v *vertex) error {
+	defer v.phase(Waiting)()
+	return w.jobs.Acquire(ctx, 1)
 }
 
 // attributesOf works out --chown and --chmod of op; names are looked up in v.
@@ -229,7 +236,7 @@ func unixMode(m fs.FileMode) uint32 {
 }
 
 // mkdirStep does a WORKDIR: what is missing of the path is made and belongs to the step's user.
-func (w *walk) mkdir(ctx context.Context, op *dockerfile.Mkdir, below []layer.Layer, created int64, sinks layer.Sinks) (layer.Layer, error) {
+func (w *walk) mkdir(ctx context.Context, v *vertex, op *dockerfile.Mkdir, below []layer.Layer, created int64, sinks layer.Sinks) (layer.Layer, error) {
 	view, err := w.Store.View(ctx, below)
 	if err != nil {
 		return layer.Layer{}, err
@@ -251,5 +258,5 @@ func (w *walk) mkdir(ctx context.Context, op *dockerfile.Mkdir, below []layer.La
 	if err := p.mkdirAll(dir, 0o755, acc.maker(op.User)); err != nil {
 		return layer.Layer{}, err
 	}
-	return w.create(ctx, p, sinks)
+	return w.create(ctx, v, p, sinks)
 }

@@ -188,7 +188,7 @@ func (w *walk) materialise(ctx context.Context, source []picked) (layer.Layer, s
 	if err != nil {
 		return layer.Layer{}, "", err
 	}
-	m, err := w.remembered(ctx, q, func(ctx context.Context, _ int64) (layer.Layer, error) {
+	m, err := w.remembered(ctx, nil, q, func(ctx context.Context, _ int64) (layer.Layer, error) {
 		pl := newPlan(nil, 0)
 		root := source[0].files[0]
 		if source[0].isDir() {
@@ -198,7 +198,7 @@ func (w *walk) materialise(ctx context.Context, source []picked) (layer.Layer, s
 		if err := pl.copy(&source[0], at, attributes{}); err != nil {
 			return layer.Layer{}, err
 		}
-		return w.create(ctx, pl, layer.Sinks{Tree: true})
+		return w.create(ctx, nil, pl, layer.Sinks{Tree: true})
 	})
 	return m.layer, at, err
 }

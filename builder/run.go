@@ -89,28 +89,34 @@ func (w *walk) run(ctx context.Context, v *vertex, r runStep, below []layer.Laye
 	if err != nil {
 		return layer.Layer{}, err
 	}
-	return w.execute(ctx, p, below)
+	return w.execute(ctx, v, p, below)
 }
 
 // execute runs p on a fresh overlay over below and makes a layer of it.
-func (w *walk) execute(ctx context.Context, p sandbox.Process, below []layer.Layer) (layer.Layer, error) {
+func (w *walk) execute(ctx context.Context, v *vertex, p sandbox.Process, below []layer.Layer) (layer.Layer, error) {
 	var points []layer.MountPoint
 	for _, m := range sandbox.MountPoints(p) {
 		points = append(points, layer.MountPoint{Path: m.Path, Dir: m.Dir})
 	}
+	unpacked := v.phase(Unpacking)
 	o, err := w.Store.Overlay(ctx, below, points)
+	unpacked()
 	if err != nil {
 		return layer.Layer{}, err
 	}
 	defer o.Close()
-	if err := w.jobs.Acquire(ctx, 1); err != nil {
+	if err := w.turn(ctx, v); err != nil {
 		return layer.Layer{}, err
 	}
 	defer w.jobs.Release(1)
 	p.Root = rootOf(o)
-	if err := sandbox.Run(ctx, p); err != nil {
+	ran := v.phase(Running)
+	err = sandbox.Run(ctx, p)
+	ran()
+	if err != nil {
 		return layer.Layer{}, err
 	}
+	defer v.phase(Snapshoting)()
 	return w.Store.Snapshot(ctx, o, layer.Sinks{Tree: true, Epoch: w.req.Epoch})
 }
 

@@ -29,7 +29,7 @@ type walk struct {
 	file     *dockerfile.File
 	target   *dockerfile.Stage
 	stages   *once[*dockerfile.Stage, *stageRun]
-	ship     func(layer.Layer) // compresses a layer of the result while later steps run
+	ship     func(*vertex, layer.Layer) // compresses a layer of the result while later steps run
 }
 
 // stageRun is a stage on its way, or done.
@@ -167,8 +167,9 @@ func (w *walk) result(ctx context.Context) (*image.Image, error) {
 	defer cancel()
 	blobs, bctx := errgroup.WithContext(ctx)
 	blobs.SetLimit(runtime.GOMAXPROCS(0))
-	w.ship = func(l layer.Layer) {
+	w.ship = func(v *vertex, l layer.Layer) {
 		blobs.Go(func() error {
+			defer v.phase(Compressing)()
 			_, err := w.Store.Blob(bctx, l, *w.req.Ships, false)
 			return err
 		})
@@ -408,12 +409,12 @@ func (w *walk) fromFiles(ctx context.Context, of *layered, r *stageRun) error {
 	if err != nil {
 		return err
 	}
-	m, err := w.remembered(ctx, q, func(ctx context.Context, created int64) (layer.Layer, error) {
+	m, err := w.remembered(ctx, nil, q, func(ctx context.Context, created int64) (layer.Layer, error) {
 		p := newPlan(nil, created)
 		if err := p.copy(&source[0], "/", attributes{}); err != nil {
 			return layer.Layer{}, err
 		}
-		return w.create(ctx, p, layer.Sinks{Tree: true, Epoch: w.req.Epoch})
+		return w.create(ctx, nil, p, layer.Sinks{Tree: true, Epoch: w.req.Epoch})
 	})
 	if err != nil {
 		return err

@@ -47,9 +47,16 @@ func (w *walk) step(ctx context.Context, r *stageRun, st dockerfile.Step) error 
 // try keys a step, gets its layer or does it, and puts it on the stage. Steps of one build with the same key are one
 // vertex.
 func (w *walk) try(ctx context.Context, r *stageRun, st dockerfile.Step, name string) error {
-	t, err := w.prepared(ctx, r, st)
+	v := w.vertex(name)
+	err := w.await(ctx, v, st.Op)
+	keyed := v.phase(Keying)
+	var t task
+	if err == nil {
+		t, err = w.prepared(ctx, r, st)
+	}
 	if err != nil {
-		return w.start("%s", name).end(ctx, w.file.Locate(st, err))
+		v.emit(Event{State: Started})
+		return v.end(ctx, w.file.Locate(st, err))
 	}
 	defer t.close()
 	inputs := t.inputs
@@ -64,9 +71,10 @@ func (w *walk) try(ctx context.Context, r *stageRun, st dockerfile.Step, name st
 	if w.req.Explain != nil {
 		w.req.Explain(name, fmt.Sprintf("%s %s %v", q.key, q.op, q.inputs))
 	}
+	keyed()
 	m, err := w.steps.do(ctx, q.key, func() (memory, error) {
-		v := w.start("%s", name)
-		m, err := w.remembered(ctx, q, func(ctx context.Context, created int64) (layer.Layer, error) {
+		v.emit(Event{State: Started})
+		m, err := w.remembered(ctx, v, q, func(ctx context.Context, created int64) (layer.Layer, error) {
 			return t.do(ctx, v, created)
 		})
 		if err == nil && m.hit {
@@ -82,7 +90,30 @@ func (w *walk) try(ctx context.Context, r *stageRun, st dockerfile.Step, name st
 	r.add(st, &m.layer, m.created)
 	w.made.add(Made{Key: q.key, Layer: m.layer, Created: m.created, Shipped: w.inResult(r.stage)})
 	if r.ships {
-		w.ship(m.layer)
+		w.ship(v, m.layer)
+	}
+	return nil
+}
+
+// await waits for the stages that a step reads from.
+func (w *walk) await(ctx context.Context, v *vertex, op dockerfile.Op) error {
+	var from []dockerfile.Ref
+	switch op := op.(type) {
+	case *dockerfile.Copy:
+		from = append(from, op.From)
+	case *dockerfile.Run:
+		for _, m := range op.Mounts {
+			from = append(from, m.From)
+		}
+	}
+	defer v.phase(Waiting)()
+	for _, ref := range from {
+		if ref.Stage == nil {
+			continue
+		}
+		if _, err := w.stage(ctx, ref.Stage); err != nil {
+			return err
+		}
 	}
 	return nil
 }
@@ -101,7 +132,7 @@ func (w *walk) prepared(ctx context.Context, r *stageRun, st dockerfile.Step) (t
 		k, inputs := c.key(w.req.Epoch)
 		return task{op: k, inputs: inputs, alone: c.link(), close: c.Close,
 			do: func(ctx context.Context, v *vertex, created int64) (layer.Layer, error) {
-				return w.copy(ctx, c, below, created, sinks)
+				return w.copy(ctx, v, c, below, created, sinks)
 			}}, nil
 	case *dockerfile.Mkdir:
 		k := struct {
@@ -110,7 +141,7 @@ func (w *walk) prepared(ctx context.Context, r *stageRun, st dockerfile.Step) (t
 		}{op.Path, op.User, w.req.Epoch}
 		return task{op: k, close: func() error { return nil },
 			do: func(ctx context.Context, v *vertex, created int64) (layer.Layer, error) {
-				return w.mkdir(ctx, op, below, created, sinks)
+				return w.mkdir(ctx, v, op, below, created, sinks)
 			}}, nil
 	}
 	panic(fmt.Sprintf("unknown op %T", st.Op))
@@ -158,11 +189,13 @@ type memory struct {
 
 // remembered returns the layer kept for q, or makes it with do and keeps it. Of several that want the same layer, in this
 // process or others, one makes it.
-func (w *walk) remembered(ctx context.Context, q question, do func(context.Context, int64) (layer.Layer, error)) (memory, error) {
+func (w *walk) remembered(ctx context.Context, v *vertex, q question, do func(context.Context, int64) (layer.Layer, error)) (memory, error) {
 	if m, ok := w.recall(q.key); ok && !q.fresh {
 		return m, w.verify(ctx, m, do)
 	}
+	waited := v.phase(Waiting)
 	unlock, err := w.Store.Lock(ctx, "step-"+digest.Digest(q.key).Encoded())
+	waited()
 	if err != nil {
 		return memory{}, err
 	}

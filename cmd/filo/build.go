@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -97,7 +98,26 @@ func (a *app) runBuild(cmd *cobra.Command, f *buildFlags, ref string) error {
 	if call.method != "build" {
 		return j.call(cmd.Context(), call)
 	}
-	return j.build(cmd.Context())
+	return errors.Join(j.build(cmd.Context()), j.timings())
+}
+
+// timings shows and writes where the time went, if that is asked for, also of a build that failed.
+func (j *job) timings() error {
+	show := j.flags.show
+	if show.trace != "" {
+		var b bytes.Buffer
+		if err := j.display.WriteTrace(&b); err != nil {
+			return err
+		}
+		if err := writeFile(show.trace, b.Bytes()); err != nil {
+			return fmt.Errorf("write trace: %w", err)
+		}
+	}
+	if !show.timings {
+		return nil
+	}
+	j.display.Close() // it draws no more
+	return j.display.WriteTimings(j.stderr)
 }
 
 // mode is how progress is shown.

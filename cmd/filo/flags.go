@@ -66,6 +66,8 @@ type resultFlags struct {
 type showFlags struct {
 	progress string
 	quiet    bool
+	timings  bool
+	trace    string
 }
 
 // ignoredFlags are those of docker build that no BuildKit builder obeys. They are accepted, with a warning, so that
@@ -131,6 +133,8 @@ func (f *stepFlags) register(fs *pflag.FlagSet) {
 
 func (f *showFlags) register(fs *pflag.FlagSet) {
 	fs.StringVar(&f.progress, "progress", "", "how progress is shown: auto, plain, tty, quiet or rawjson (default $BUILDKIT_PROGRESS, or auto)")
+	fs.BoolVar(&f.timings, "timings", false, "show at the end where the time of each step went")
+	fs.StringVar(&f.trace, "trace", "", "write where the time went to a `file` for chrome://tracing or ui.perfetto.dev")
 	fs.BoolVarP(&f.quiet, "quiet", "q", false, "print nothing but the image ID")
 }
 

@@ -1,5 +1,5 @@
 // Package progress draws what a builder reports: plain lines in BuildKit's form (plain.go), a redrawn list on a
-// terminal (tty.go), BuildKit's status objects as JSON (raw.go), or nothing. Lines are cut from the stream of a step
+// terminal (tty.go), BuildKit's status objects as JSON (raw.go), or nothing. Where the time went is in timing.go. Lines are cut from the stream of a step
 // in line.go; every line of every step is drawn, however long the log.
 //
 // It decides nothing and keeps nothing but what it needs to draw, and the last lines of each step for whoever shows
@@ -63,6 +63,7 @@ type Display struct {
 	mu       sync.Mutex
 	now      func() time.Time
 	vertices map[int]*vertex
+	early    map[int][]span // phases of vertices that are not known yet
 	order    []*vertex
 	style    style
 	failed   *vertex // the first that failed
@@ -88,6 +89,7 @@ type vertex struct {
 	started time.Time
 	ended   time.Time
 	streams [3]partial // by stream: 0 the builder's own words, 1 standard output, 2 standard error
+	spans   []span     // its phases
 	tail    []string   // the last lines of its output, as plain mode shows them
 }
 
@@ -97,7 +99,7 @@ const tailLines = 10 // BuildKit shows as many of a failed step
 
 // New returns a display that draws on w. It must be closed.
 func New(w io.Writer, o Options) (*Display, error) {
-	d := &Display{now: o.Now, vertices: map[int]*vertex{}}
+	d := &Display{now: o.Now, vertices: map[int]*vertex{}, early: map[int][]span{}}
 	mode := o.Mode
 	switch {
 	case mode == TTY && o.Size == nil:
@@ -137,6 +139,10 @@ func (d *Display) Emit(e builder.Event) {
 	}
 	if e.Vertex == 0 { // of the whole build
 		d.notes = append(d.notes, string(e.Data))
+		return
+	}
+	if e.State == builder.Entered || e.State == builder.Left {
+		d.phase(e)
 		return
 	}
 	v := d.vertex(e)
@@ -223,7 +229,8 @@ func (d *Display) Notes() []string {
 func (d *Display) vertex(e builder.Event) *vertex {
 	v := d.vertices[e.Vertex]
 	if v == nil {
-		v = &vertex{n: len(d.order) + 1, name: e.Name, started: d.now()}
+		v = &vertex{n: len(d.order) + 1, name: e.Name, started: d.now(), spans: d.early[e.Vertex]}
+		delete(d.early, e.Vertex)
 		d.vertices[e.Vertex] = v
 		d.order = append(d.order, v)
 	}

@@ -59,8 +59,7 @@ type rawWarning struct {
 const errCanceled = "context canceled"
 
 func (r *raw) event(v *vertex, e builder.Event, lines []line) {
-	// Vertices have no content digest here; the number and the name make one that is unique within the build.
-	id := digest.FromString(fmt.Sprintf("%d %s", v.n, v.name))
+	id := v.digest()
 	now := r.now()
 	var s solveStatus
 	switch e.State {
@@ -70,6 +69,11 @@ func (r *raw) event(v *vertex, e builder.Event, lines []line) {
 		s.Warnings = []rawWarning{{Vertex: id, Level: 1, Short: e.Data}}
 	case builder.Started, builder.Cached, builder.Done, builder.Failed, builder.Canceled:
 		s.Vertexes = []rawVertex{r.vertex(id, v)}
+		if e.State == builder.Started { // what was before
+			for _, p := range v.spans {
+				s.Statuses = append(s.Statuses, phaseStatus(id, p))
+			}
+		}
 	}
 	if len(s.Vertexes)+len(s.Statuses)+len(s.Logs)+len(s.Warnings) == 0 {
 		return
@@ -89,6 +93,19 @@ func (r *raw) vertex(id digest.Digest, v *vertex) rawVertex {
 		out.Error = errCanceled
 	}
 	return out
+}
+
+// digest names v. Vertices have no content digest here; the number and the name make one that is unique within the
+// build.
+func (v *vertex) digest() digest.Digest { return digest.FromString(fmt.Sprintf("%d %s", v.n, v.name)) }
+
+// phase writes a phase as a status.
+func (r *raw) phase(v *vertex, s span) {
+	json.NewEncoder(r.w).Encode(solveStatus{Statuses: []rawStatus{phaseStatus(v.digest(), s)}})
+}
+
+func phaseStatus(id digest.Digest, s span) rawStatus {
+	return rawStatus{ID: s.phase, Vertex: id, Timestamp: s.end, Started: &s.begin, Completed: &s.end}
 }
 
 // log passes output on as it came; the builder's own words become statuses.
