@@ -2,6 +2,7 @@ package sandbox
 
 import (
 	"bytes"
+	"cmp"
 	"encoding/gob"
 	"errors"
 	"fmt"
@@ -176,7 +177,10 @@ func pivot(root int) error {
 		return err
 	}
 	if err := unix.PivotRoot(".", "."); err != nil {
-		if errors.Is(err, unix.EINVAL) {
+		switch {
+		case errors.Is(err, unix.EPERM):
+			return cover()
+		case errors.Is(err, unix.EINVAL):
 			return fmt.Errorf("%w: an initramfs as root cannot be left behind", err)
 		}
 		return err
@@ -190,6 +194,24 @@ func pivot(root int) error {
 		}
 	}
 	return errors.New("old root cannot be unmounted")
+}
+
+// cover is pivot where a filter knows mounts and no pivot_root, as Docker's does with
+// SYS_ADMIN added. The current directory lies on top of the root of all mounts: from there
+// no path leads below, and whoever may not unmount it cannot get there.
+func cover() error {
+	if err := unix.Chroot("."); err != nil {
+		return err
+	}
+	root, err := unix.Open("/", unix.O_PATH|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return err
+	}
+	defer unix.Close(root)
+	if over, err := overmounted(root); err != nil || over {
+		return cmp.Or(err, errors.New("the old root can be reached"))
+	}
+	return nil
 }
 
 func overmounted(root int) (bool, error) {

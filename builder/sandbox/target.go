@@ -182,11 +182,14 @@ func create(parent int, name string, dir bool) error {
 
 // workingDirectory opens the directory the process starts in. As in other
 // builders it is made if it is missing, in the root itself, and belongs to the
-// process's user.
+// process's user. A ".." after a symlink counts from where that leads.
 func workingDirectory(name string, uid, gid int) (int, error) {
 	root, err := unix.Open("/", unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return -1, err
+	}
+	if fd, err := openIn(root, name, unix.O_DIRECTORY); err == nil {
+		return fd, nil
 	}
 	return directory(root, path.Clean("/"+name), uid, gid)
 }
