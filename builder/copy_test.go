@@ -72,6 +72,9 @@ func TestCopy(t *testing.T) {
 		{"COPY sl /z", map[string]string{"z": f}},
 		{"COPY abs /z", map[string]string{"z": x}},
 		{"COPY up /z", map[string]string{"z": f}}, // as if the context were the root
+		{"COPY --chown=3:4 --chmod=711 n /z/d\nCOPY --parents d/x /z/", map[string]string{
+			"z": "d 0711 3:4 ", "z/d": "d 0700 3:4 ", "z/d/f": "- 0711 3:4 F", "z/d/g": "- 0711 3:4 G", "z/d/x": x,
+		}},
 		{"COPY ../f /../z", map[string]string{"z": f}},
 		{"COPY f g /z", map[string]string{"z": g}},
 		{"COPY f g /z/", map[string]string{"z": dir, "z/f": f, "z/g": g}},
@@ -129,6 +132,9 @@ func TestCopyRefused(t *testing.T) {
 		{"COPY nope /z", `"/nope": not found`},
 		{"COPY dead /z", `"/dead": not found`},
 		{"COPY --parents nope /z/", `"/nope": not found`},
+		{"COPY --parents sd/x /z/", `"/sd/x": not found`},
+		{"COPY --parents --exclude=d d/x /z/", `"/d/x": not found`},
+		{"COPY nope/* /z/", "lstat /nope: no such file"},
 		{"COPY f /z\nCOPY d /z", "non-directory"},
 		{"COPY f /z\nCOPY f /z/", "not a directory"},
 		{"COPY d /z/x\nCOPY d /z", "cannot replace directory"},

@@ -119,9 +119,17 @@ func (o *origin) pickParents(ctx context.Context, s selection, exclude *patternm
 		if p.files, err = w.walk(p.root); err != nil {
 			return nil, missing(m, err)
 		}
+		if !hasMeta(s.path) && !p.has(path.Clean(cmp.Or(pattern, "."))) { // excluded, or behind a link
+			return nil, missing(s.path, fs.ErrNotExist)
+		}
 		out = append(out, p)
 	}
 	return out, o.digestAll(ctx, out)
+}
+
+// has reports whether a file of that path is picked.
+func (p *picked) has(name string) bool {
+	return slices.ContainsFunc(p.files, func(f file) bool { return f.Path == name })
 }
 
 // clean makes p a rooted path that does not climb above the root.
