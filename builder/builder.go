@@ -41,6 +41,10 @@ type Builder struct {
 	// Recall asks shared caches for what the local one lacks. A layer that it names it has promised to Store.
 	// Whatever goes wrong is an absence. nil asks nobody.
 	Recall func(ctx context.Context, k cache.Key) (r cache.Record, ok bool)
+
+	// Offer is told of each layer as soon as it is made or found, so that shared caches can begin to take it. nil tells
+	// nobody.
+	Offer func(ctx context.Context, m Made)
 }
 
 // Request is one build.

@@ -50,6 +50,18 @@ func (w *walk) try(ctx context.Context, r *stageRun, st dockerfile.Step, name st
 	v := w.vertex(name)
 	err := w.await(ctx, v, st.Op)
 	keyed := v.phase(Keying)
+	var sketch question
+	sketched := false
+	if err == nil {
+		sketch, sketched, err = w.sketch(ctx, r, st)
+	}
+	if m, ok := w.known(ctx, sketch); sketched && ok {
+		keyed()
+		v.emit(Event{State: Started})
+		v.emit(Event{State: Cached})
+		w.put(ctx, v, r, st, m, sketch.key)
+		return nil
+	}
 	var t task
 	if err == nil {
 		t, err = w.prepared(ctx, r, st)
@@ -87,12 +99,39 @@ func (w *walk) try(ctx context.Context, r *stageRun, st dockerfile.Step, name st
 		w.steps.forget(q.key) // it may be tried again
 		return err
 	}
+	keys := []cache.Key{q.key}
+	if sketched {
+		keys = append(keys, sketch.key)
+		w.keep(sketch, cache.Record{Layer: m.layer.DiffID, Created: m.created})
+	}
+	w.put(ctx, v, r, st, m, keys...)
+	return nil
+}
+
+// known looks q up here and in the shared caches. The zero question has no answer.
+func (w *walk) known(ctx context.Context, q question) (memory, bool) {
+	if q.key == "" {
+		return memory{}, false
+	}
+	if m, ok := w.recall(q.key); ok {
+		return m, true
+	}
+	return w.recallShared(ctx, q)
+}
+
+// put puts what a step made on its stage and tells of it.
+func (w *walk) put(ctx context.Context, v *vertex, r *stageRun, st dockerfile.Step, m memory, keys ...cache.Key) {
 	r.add(st, &m.layer, m.created)
-	w.made.add(Made{Key: q.key, Layer: m.layer, Created: m.created, Shipped: w.inResult(r.stage)})
+	for _, k := range keys {
+		made := Made{Key: k, Layer: m.layer, Created: m.created, Shipped: w.inResult(r.stage)}
+		w.made.add(made)
+		if w.Offer != nil {
+			w.Offer(ctx, made)
+		}
+	}
 	if r.ships {
 		w.ship(v, m.layer)
 	}
-	return nil
 }
 
 // await waits for the stages that a step reads from.

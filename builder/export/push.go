@@ -62,8 +62,7 @@ func (e Exporter) pushBlobs(ctx context.Context, c *registry.Client, name string
 	for _, b := range g.Blobs {
 		group.Go(func() error {
 			err := c.PushBlob(ctx, name, b, image.Origins(e.Store, b.Digest), func(ctx context.Context) (io.ReadCloser, error) {
-				r, _, err := e.Store.OpenBlob(ctx, b.Digest)
-				return r, err
+				return e.Store.Stream(ctx, b.Digest)
 			})
 			if err != nil {
 				return err

@@ -62,6 +62,9 @@ func (j *job) openCaches(ctx context.Context, b *builder.Builder) (*remote.Cache
 	if len(j.caches.from) > 0 {
 		b.Recall = shared.Recall
 	}
+	if len(j.caches.to) > 0 {
+		b.Offer = func(ctx context.Context, m builder.Made) { shared.Offer(ctx, remote.Made(m)) }
+	}
 	return shared, nil
 }
 
