@@ -226,7 +226,7 @@ func debianMirror(t *testing.T) string {
 	}
 	sites := strings.Fields(string(out))
 	slices.Sort(sites)
-	why := []string{"apt knows no site"}
+	why := []string{"none of apt's sites has bookworm and answers"}
 	for _, site := range slices.Compact(sites) {
 		release, err := fetch(strings.TrimSuffix(site, "/") + "/dists/bookworm/Release")
 		if err == nil && strings.Contains(release, "\nCodename: bookworm\n") {
