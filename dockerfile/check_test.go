@@ -1,6 +1,7 @@
 package dockerfile
 
 import (
+	"errors"
 	"fmt"
 	"strings"
 	"testing"
@@ -172,5 +173,17 @@ RUN --mount=type=secret,id=tok,required --mount=type=ssh --mount=type=cache,targ
 	got := fmt.Sprint(o.Name, o.Description, o.Secrets, o.SSH, o.Caches)
 	if want := "finalwhat ships[{tok true 11}] [{default false 11}] [{/c false 11}]"; got != want {
 		t.Errorf("outline = %s, want %s", got, want)
+	}
+}
+
+func TestWarningsBeforeError(t *testing.T) {
+	_, err := Parse(strings.NewReader("ARG T\nFROM busybox:$T\n"), Args{Name: "Dockerfile"})
+	var e *Error
+	if !errors.As(err, &e) || len(e.Warnings) != 1 || e.Warnings[0].Rule != "InvalidDefaultArgInFrom" {
+		t.Errorf("got error %#v, want one with the warning of the invalid base name", err)
+	}
+	f := parse(t, "ARG T=v1\nFROM --platform=$BUILDPLATFORM busybox:$T\n")
+	if got, want := f.Stages[0].Written, (Written{"busybox:$T", "$BUILDPLATFORM"}); got != want {
+		t.Errorf("got %v, want %v", got, want)
 	}
 }

@@ -15,6 +15,7 @@ package dockerfile
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"io"
 	"strconv"
@@ -71,7 +72,12 @@ func Parse(r io.Reader, args Args) (*File, error) {
 	}
 	f := &File{Name: args.Name, args: args, lines: strings.Split(string(text), "\n")}
 	if err := f.parse(text); err != nil {
-		return nil, f.at(err, nil)
+		err = f.at(err, nil)
+		var e *Error
+		if errors.As(err, &e) {
+			e.Warnings = f.Warnings
+		}
+		return nil, err
 	}
 	return f, nil
 }
@@ -161,7 +167,10 @@ func (f *File) readGlobals(stages []instructions.Stage, metaArgs []instructions.
 func (f *File) link(stages []instructions.Stage, nodes []*parser.Node, lint *linter.Linter) error {
 	byStage := nodesByStage(nodes)
 	for i, st := range stages {
-		s := &Stage{file: f, Name: st.Name, Index: i, from: st.Location, Description: st.DocComment, nodes: byStage[i]}
+		s := &Stage{
+			file: f, Name: st.Name, Index: i, from: st.Location, Description: st.DocComment, nodes: byStage[i],
+			Written: Written{st.BaseName, st.Platform},
+		}
 		s.Line, _ = lines(st.Location)
 		if err := s.resolveBase(st, lint.WithMergedConfigFromComments(st.Comments)); err != nil {
 			return f.at(err, st.Location)

@@ -19,6 +19,8 @@ type Error struct {
 	Source []string // the lines of the file
 	Err    error    // the cause
 	Hint   string   // what might help; "" for nothing
+
+	Warnings []Warning // of [Parse]: what was found before the error
 }
 
 // Error returns the cause; see [Error.Position] and [Error.Excerpt] for the place.

@@ -16,6 +16,9 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
+// Written is what FROM says before expansion.
+type Written struct{ Base, Platform string }
+
 // Stage is a FROM and what follows it. It does not change once it is made, so its methods may run side by side.
 type Stage struct {
 	Name        string // as AS says it, in lower case; "" for none
@@ -25,6 +28,7 @@ type Stage struct {
 	Needs       []*Stage // the base stage and those that COPY --from and RUN --mount name, each once
 	Line        int      // where FROM stands
 	BaseText    string   // the reference in FROM after expansion
+	Written     Written  // FROM before expansion
 	Description string   // the comment above FROM that tells what the stage is for
 
 	file     *File

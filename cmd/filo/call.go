@@ -236,23 +236,28 @@ func (j *job) broken(w io.Writer, c call, err error) error {
 	}
 	e := &buildError{Message: err.Error(), Location: at(nil)}
 	var where *dockerfile.Error
+	var found []dockerfile.Warning
 	if errors.As(err, &where) {
-		e.Location = at(where.Ranges)
+		e.Location, found = at(where.Ranges), where.Warnings
 	}
-	if err := printJSON(w, lintResult{Warnings: []lintWarning{}, Sources: j.sources(), Error: e}); err != nil {
+	if err := printJSON(w, lintResult{Warnings: lintWarnings(found), Sources: j.sources(), Error: e}); err != nil {
 		return err
 	}
 	return errFound
 }
 
+func lintWarnings(found []dockerfile.Warning) []lintWarning {
+	out := []lintWarning{}
+	for _, f := range found {
+		out = append(out, lintWarning{f.Rule, f.Detail, f.URL, f.Message, at(f.Ranges)})
+	}
+	return out
+}
+
 // findings prints what a check found.
 func (j *job) findings(w io.Writer, found []dockerfile.Warning, asJSON bool) error {
 	if asJSON {
-		r := lintResult{Warnings: []lintWarning{}, Sources: j.sources()}
-		for _, f := range found {
-			r.Warnings = append(r.Warnings, lintWarning{f.Rule, f.Detail, f.URL, f.Message, at(f.Ranges)})
-		}
-		if err := printJSON(w, r); err != nil {
+		if err := printJSON(w, lintResult{Warnings: lintWarnings(found), Sources: j.sources()}); err != nil {
 			return err
 		}
 	} else {
@@ -380,10 +385,7 @@ func (j *job) targets(w io.Writer, f *dockerfile.File, asJSON bool) error {
 		if s.Name == "" && !last {
 			continue
 		}
-		r := targetRow{Name: s.Name, Description: s.Description, Default: last, Base: s.BaseText, Location: at([]dockerfile.Range{{Start: s.Line, End: s.Line}})}
-		if s.Platform != nil {
-			r.Platform = platforms.FormatAll(*s.Platform)
-		}
+		r := targetRow{Name: s.Name, Description: s.Description, Default: last, Base: s.Written.Base, Platform: s.Written.Platform, Location: at([]dockerfile.Range{{Start: s.Line, End: s.Line}})}
 		rows = append(rows, r)
 	}
 	if asJSON {
