@@ -76,6 +76,7 @@ type Request struct {
 	SSH      map[string]Agent  // --ssh by id
 	ShmSize  int64             // bytes; 0 is the default
 	Ulimits  []sandbox.Ulimit
+	Limits   sandbox.Limits
 	Allow    []string           // entitlements: "network.host", "security.insecure"
 	Epoch    *int64             // SOURCE_DATE_EPOCH: pins "created" and clamps file times
 	Ships    *layer.Compression // how layers of the result leave the store; nil if no layer leaves (type=local, type=tar, no output)

@@ -131,7 +131,7 @@ func (w *walk) process(v *vertex, op *dockerfile.Run, who account) sandbox.Proce
 		Args:   op.Args, Env: slices.Concat(op.Env, op.Proxy), Dir: op.Dir,
 		UID: who.uid, GID: who.gid, Groups: who.groups,
 		Hostname: op.Hostname, Network: sandbox.Network(w.network(op)),
-		ExtraHosts: w.req.Hosts, ShmSize: w.req.ShmSize, Ulimits: w.req.Ulimits, Insecure: op.Insecure,
+		ExtraHosts: w.req.Hosts, ShmSize: w.req.ShmSize, Ulimits: w.req.Ulimits, Limits: w.req.Limits, Insecure: op.Insecure,
 		Stdout: output{v, 1}, Stderr: output{v, 2},
 	}
 	p.Env = withHome(p.Env, who.home)

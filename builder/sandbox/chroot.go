@@ -83,7 +83,12 @@ func runChroot(ctx context.Context, p Process) (err error) {
 	// As in Run: the child dies with this thread.
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
-	c, err := start(p)
+	b, err := p.Limits.bound()
+	if err != nil {
+		return &SetupError{Step: "limit", Err: err}
+	}
+	defer b.close()
+	c, err := start(p, b)
 	if err != nil {
 		return &SetupError{Step: "start", Err: err}
 	}
@@ -106,7 +111,7 @@ func runChroot(ctx context.Context, p Process) (err error) {
 	case !started || statusErr != nil || len(status) != 4:
 		return &SetupError{Step: "start", Err: fmt.Errorf("child ended early: %s", state)}
 	}
-	return c.written(exitError(p.Args, syscall.WaitStatus(binary.NativeEndian.Uint32(status))))
+	return c.written(b.explain(p, exitError(p.Args, syscall.WaitStatus(binary.NativeEndian.Uint32(status)))))
 }
 
 // keep is the keeper's life. An error says that there was no process.

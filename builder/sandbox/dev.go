@@ -85,9 +85,7 @@ func (s *stage) standard(h *handover) ([]placement, error) {
 		{mount: sys, target: "/sys", dir: true},
 		{mount: dev, target: "/dev", dir: true},
 	}
-	if cgroup, err := detached("cgroup2", quiet|writable(p.Insecure), "source=cgroup"); err == nil {
-		ps = append(ps, placement{mount: cgroup, target: "/sys/fs/cgroup", dir: true, optional: true})
-	}
+	ps = append(ps, cgroups(p, h.Version1)...)
 	ps = append(ps, borrowed...)
 	inDev, err := insideDev(p)
 	if err != nil {
@@ -108,6 +106,30 @@ func (s *stage) standard(h *handover) ([]placement, error) {
 		ps = append(ps, placement{mount: fd, target: f.name})
 	}
 	return ps, nil
+}
+
+// cgroups shows the process the cgroups it is in: programs look there for their limits. What
+// cannot be shown is left out.
+func cgroups(p Process, version1 []string) (ps []placement) {
+	const at = "/sys/fs/cgroup"
+	if len(version1) == 0 {
+		if fd, err := detached("cgroup2", quiet|writable(p.Insecure), "source=cgroup"); err == nil {
+			ps = append(ps, placement{mount: fd, target: at, dir: true, optional: true})
+		}
+		return ps
+	}
+	top, err := detached("tmpfs", quiet, "source=tmpfs", "mode=0755", "size=4096")
+	if err != nil {
+		return nil
+	}
+	ps = append(ps, placement{mount: top, target: at, dir: true, optional: true})
+	for _, controller := range version1 {
+		fd, err := detached("cgroup", quiet|writable(p.Insecure), "source=cgroup", controller)
+		if err == nil && unix.Mkdirat(top, controller, 0o755) == nil {
+			ps = append(ps, placement{mount: fd, target: at + "/" + controller, dir: true, optional: true})
+		}
+	}
+	return ps
 }
 
 func writable(yes bool) int {

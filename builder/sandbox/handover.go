@@ -28,6 +28,7 @@ const (
 type handover struct {
 	Process               Process
 	Hosts, Resolv, Filter []byte
+	Version1              []string // controllers of cgroups of version 1 that limit it
 }
 
 // prepare fills in the defaults of p and packs it for the child.
@@ -61,7 +62,7 @@ func prepare(p Process) (*handover, error) {
 		}
 	}
 	p.Stdout, p.Stderr = nil, nil
-	return &handover{p, hosts, resolv, filter}, nil
+	return &handover{Process: p, Hosts: hosts, Resolv: resolv, Filter: filter}, nil
 }
 
 // check finds what can be known to be wrong before a process is made.

@@ -121,6 +121,10 @@ func (h *handover) become() error {
 // the host behind and puts them in place inside the root, where no path leads
 // out.
 func enterRoot(h *handover) error {
+	// Only now: the root of the namespace is the cgroup of this moment, that of the process.
+	if err := unix.Unshare(unix.CLONE_NEWCGROUP); err != nil {
+		return at("make cgroup namespace", err)
+	}
 	// Nothing mounted here may appear on the host.
 	private := unix.MountAttr{Propagation: unix.MS_PRIVATE}
 	if err := unix.MountSetattr(unix.AT_FDCWD, "/", unix.AT_RECURSIVE, &private); err != nil {

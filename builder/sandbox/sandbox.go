@@ -25,6 +25,8 @@ import (
 	"runtime"
 	"strings"
 	"syscall"
+
+	"github.com/docker/go-units"
 )
 
 // Root is a stack of unpacked trees shown as one filesystem, or a directory that holds it already.
@@ -94,6 +96,7 @@ type Process struct {
 	ExtraHosts     []string // "name:ip" or "name=ip"
 	ShmSize        int64    // bytes of /dev/shm, 0 is 64 MiB
 	Ulimits        []Ulimit
+	Limits         Limits    // see [Limits.Try]
 	Insecure       bool      // all capabilities, no seccomp, nothing masked
 	Stdout, Stderr io.Writer // nil throws the output away; written to by one goroutine each, or one for both when equal
 }
@@ -105,12 +108,19 @@ type ExitError struct {
 	Code   int            // as a shell shows it: 128+n for signal n
 	Signal syscall.Signal // what ended the process, 0 if it exited by itself
 	Reason string         // why the command was never executed, "" if it was
+
+	OutOfMemory bool  // the kernel killed it, or a process it started, at the limit of memory
+	Memory      int64 // that limit, bytes
+	Peak        int64 // the most memory that was used, bytes
 }
 
 func (e *ExitError) Error() string {
 	s := fmt.Sprintf("process %q did not complete successfully: exit code: %d", strings.Join(e.Args, " "), e.Code)
 	if e.Reason != "" {
 		s += ": " + e.Reason
+	}
+	if e.OutOfMemory {
+		s += fmt.Sprintf(": killed, out of memory: the limit is %s, %s were used (--memory)", units.BytesSize(float64(e.Memory)), units.BytesSize(float64(e.Peak)))
 	}
 	return s
 }
@@ -160,7 +170,12 @@ func Run(ctx context.Context, p Process) error {
 	// ends, so this thread has to stay for as long as the child does.
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
-	c, err := start(p)
+	b, err := p.Limits.bound()
+	if err != nil {
+		return &SetupError{Step: "limit", Err: err}
+	}
+	defer b.close()
+	c, err := start(p, b)
 	if err != nil {
 		return &SetupError{Step: "start", Err: refused(err)}
 	}
@@ -168,7 +183,7 @@ func Run(ctx context.Context, p Process) error {
 	stop := context.AfterFunc(ctx, func() { c.process.Kill() })
 	defer stop()
 	// While the child starts, there is time to prepare what it will read.
-	if err := c.instruct(p); err != nil {
+	if err := c.instruct(p, b); err != nil {
 		c.process.Kill()
 		c.process.Wait()
 		c.finish()
@@ -187,7 +202,7 @@ func Run(ctx context.Context, p Process) error {
 	case !started:
 		return &SetupError{Step: "start", Err: fmt.Errorf("child ended early: %s", state)}
 	}
-	return c.written(exitError(p.Args, state.Sys().(syscall.WaitStatus)))
+	return c.written(b.explain(p, exitError(p.Args, state.Sys().(syscall.WaitStatus))))
 }
 
 // running is a started child and this side of its pipes.
@@ -199,7 +214,8 @@ type running struct {
 	outputs []*output
 }
 
-func start(p Process) (*running, error) {
+// start starts a child within b. It does nothing before it is instructed.
+func start(p Process, b *bounds) (*running, error) {
 	var t theirs
 	defer t.close()
 	c := &running{}
@@ -235,6 +251,12 @@ func start(p Process) (*running, error) {
 			Files: files,
 			Sys:   attributes(flags),
 		})
+	}
+	if err == nil {
+		if err = b.put(c.process.Pid); err != nil {
+			c.process.Kill()
+			c.process.Wait()
+		}
 	}
 	if err != nil {
 		c.close()
@@ -278,11 +300,12 @@ func (t *theirs) close() {
 	}
 }
 
-func (c *running) instruct(p Process) error {
+func (c *running) instruct(p Process, b *bounds) error {
 	h, err := prepare(p)
 	if err != nil {
 		return err
 	}
+	h.Version1 = b.version1()
 	// A child that dies before it has read all says why on its report.
 	_ = h.send(c.order)
 	return nil
@@ -298,7 +321,7 @@ func attributes(flags uintptr) *syscall.SysProcAttr {
 }
 
 func namespaces(n Network) uintptr {
-	flags := uintptr(syscall.CLONE_NEWNS | syscall.CLONE_NEWPID | syscall.CLONE_NEWIPC | syscall.CLONE_NEWUTS | syscall.CLONE_NEWCGROUP)
+	flags := uintptr(syscall.CLONE_NEWNS | syscall.CLONE_NEWPID | syscall.CLONE_NEWIPC | syscall.CLONE_NEWUTS)
 	if n == NetworkNone {
 		flags |= syscall.CLONE_NEWNET
 	}

@@ -135,6 +135,22 @@ func insideMain(verb string, args []string) error {
 				fmt.Println(which, int64(l.Cur), int64(l.Max))
 			}
 		}
+	case "eat":
+		var all [][]byte
+		for range 200 {
+			all = append(all, bytes.Repeat([]byte("x"), 1<<20))
+		}
+		fmt.Println(len(all))
+	case "crowd":
+		n := 0
+		fmt.Sscan(args[0], &n)
+		for range n {
+			cmd := exec.Command("/bin/" + insideName)
+			cmd.Args = []string{insideName, "nap"}
+			if err := cmd.Start(); err != nil {
+				return err
+			}
+		}
 	case "rmall":
 		for _, name := range args {
 			if err := os.RemoveAll(name); err != nil {

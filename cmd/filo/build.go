@@ -162,6 +162,7 @@ func (j *job) newBuilder() *builder.Builder {
 func (j *job) build(ctx context.Context) error {
 	b := j.newBuilder()
 	j.req.Ground, j.req.SingleID = j.ground, j.ground.SingleID
+	j.checkLimits()
 	for _, o := range j.outputs {
 		if c := o.Compression(); c != nil && j.req.Ships == nil {
 			j.req.Ships = c

@@ -11,6 +11,7 @@ type buildFlags struct {
 	what    whatFlags
 	steps   stepFlags
 	results resultFlags
+	limits  limitFlags
 	show    showFlags
 	ignored ignoredFlags
 }
@@ -29,21 +30,20 @@ type whatFlags struct {
 
 // stepFlags say how steps are done.
 type stepFlags struct {
-	noCache  bool
-	filter   []string
-	pull     bool
-	network  string
-	hosts    []string
-	secrets  []string
-	ssh      []string
-	shmSize  string
-	ulimits  []string
-	allow    []string
-	verify   bool
-	explain  bool
-	jobs     int
-	keep     string // --keep-storage
-	resource []string
+	noCache bool
+	filter  []string
+	pull    bool
+	network string
+	hosts   []string
+	secrets []string
+	ssh     []string
+	shmSize string
+	ulimits []string
+	allow   []string
+	verify  bool
+	explain bool
+	jobs    int
+	keep    string // --keep-storage
 }
 
 // resultFlags say where the result goes.
@@ -81,6 +81,7 @@ func (f *buildFlags) register(fs *pflag.FlagSet) {
 	f.what.register(fs)
 	f.results.register(fs)
 	f.steps.register(fs)
+	f.limits.register(fs)
 	f.show.register(fs)
 	f.ignored.register(fs)
 }
@@ -128,7 +129,6 @@ func (f *stepFlags) register(fs *pflag.FlagSet) {
 	fs.BoolVar(&f.explain, "explain", false, "print every input of every cache key")
 	fs.IntVarP(&f.jobs, "jobs", "j", 0, "steps done at once (default four for each core)")
 	fs.StringVar(&f.keep, "keep-storage", "", "when done, remove from the state directory what was used longest ago until this `size` is left, like 20GB")
-	fs.StringArrayVar(&f.resource, "resource", nil, "resource limits of RUN (not supported yet)")
 }
 
 func (f *showFlags) register(fs *pflag.FlagSet) {
@@ -140,13 +140,12 @@ func (f *showFlags) register(fs *pflag.FlagSet) {
 
 func (f *ignoredFlags) register(fs *pflag.FlagSet) {
 	bools := []string{"rm", "force-rm", "compress", "squash"}
-	values := []string{"memory", "memory-swap", "cpu-period", "cpu-quota", "cpu-shares", "cpuset-cpus", "cpuset-mems", "security-opt", "cgroup-parent", "builder"}
+	values := []string{"security-opt", "cgroup-parent", "builder"}
 	for _, name := range bools {
 		fs.VarPF(&ignored{to: f, name: name, typ: "bool"}, name, "", "").NoOptDefVal = "true"
 	}
 	for _, name := range values {
-		short := map[string]string{"memory": "m", "cpu-shares": "c"}[name]
-		fs.VarP(&ignored{to: f, name: name, typ: "string"}, name, short, "")
+		fs.Var(&ignored{to: f, name: name, typ: "string"}, name, "")
 	}
 	for _, name := range append(bools, values...) {
 		fs.Lookup(name).Hidden = true

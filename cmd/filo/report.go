@@ -86,7 +86,7 @@ func exitHint(e *sandbox.ExitError, said string) string {
 		return "the step cannot resolve names: see --network and --add-host, or the machine's /etc/resolv.conf"
 	case strings.Contains(said, "No space left on device"):
 		return "the disk is full: `filo prune` makes room, --root moves the state directory"
-	case e.Signal == syscall.SIGKILL:
+	case e.Signal == syscall.SIGKILL && !e.OutOfMemory:
 		return "the process was killed: often the machine is out of memory"
 	}
 	return ""

@@ -32,7 +32,9 @@ func (f *buildFlags) request(env lookup) (builder.Request, error) {
 			return builder.Request{}, err
 		}
 	}
-	return req, nil
+	limits, err := f.limits.limits()
+	req.Limits = limits
+	return req, err
 }
 
 // unsupported refuses what filo cannot do yet.
@@ -42,8 +44,6 @@ func (f *buildFlags) unsupported() error {
 		return errors.New("--provenance is not supported yet; leave it out or say --provenance=false")
 	case wanted(f.results.sbom):
 		return errors.New("--sbom is not supported yet; leave it out or say --sbom=false")
-	case len(f.steps.resource) > 0:
-		return errors.New("--resource is not supported yet")
 	}
 	for _, a := range f.results.attest {
 		fields, err := csvvalue.Fields(a, nil)

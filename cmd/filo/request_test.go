@@ -107,7 +107,6 @@ func TestRequestRefuses(t *testing.T) {
 		{"--provenance=mode=max", "not supported"},
 		{"--sbom=true", "not supported"},
 		{"--attest=type=sbom", "not supported"},
-		{"--resource=memory=1g", "not supported"},
 		{"--build-context=k", "NAME=VALUE"},
 	}
 	for _, tt := range tests {
@@ -268,6 +267,8 @@ func TestRequestIsWhole(t *testing.T) {
 		"check": "true", "tag": "a", "output": "x", "push": "true", "load": "true", "annotation": "a=b", "iidfile": "f", "metadata-file": "f",
 		"network": "none", "add-host": "a:1.2.3.4", "secret": "id=x,env=HOME", "ssh": "k=" + writeKey(t), "shm-size": "1m", "ulimit": "nofile=1",
 		"allow": "network.host", "jobs": "2", "progress": "plain", "no-cache-filter": "s",
+		"memory": "64m", "cpus": "1", "cpu-period": "5000", "cpu-quota": "5000", "cpu-shares": "5", "cpuset-cpus": "0", "cpuset-mems": "0",
+		"pids-limit": "9", "resource": "memory=64m",
 	}
 	plain, err := parseFlags(t).request(variables("HOME", "h"))
 	if err != nil {
