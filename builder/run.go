@@ -68,11 +68,14 @@ func (b *build) network(op *dockerfile.Run) string {
 
 // run does a RUN on the layers below and returns the layer of what it changed.
 func (w *walk) run(ctx context.Context, v *vertex, r runStep, below []layer.Layer) (layer.Layer, error) {
-	view, err := w.Store.View(ctx, below)
+	unpacked := v.phase(Unpacking)
+	err := w.Store.Prepare(ctx, below) // before View, which would read blobs for their indexes alone
+	unpacked()
 	if err != nil {
 		return layer.Layer{}, err
 	}
-	if err := w.Store.Prepare(ctx, below); err != nil {
+	view, err := w.Store.View(ctx, below)
+	if err != nil {
 		return layer.Layer{}, err
 	}
 	acc, err := readAccounts(view)

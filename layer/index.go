@@ -586,8 +586,10 @@ func (b *indexBuilder) recordText(i int) string {
 	return string(b.records[at:end])
 }
 
+// finish returns the index, in b's own memory: nothing can be added any more.
 func (b *indexBuilder) finish() *index {
-	return &index{table: string(b.table), records: string(b.records)}
+	text := func(p []byte) string { return unsafe.String(unsafe.SliceData(p), len(p)) }
+	return &index{table: text(b.table), records: text(b.records)}
 }
 
 // putIndex stores x as the index of l and remembers it.
