@@ -11,6 +11,9 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"filo/builder/image"
+	"filo/layer"
 )
 
 // copyContext fills the context that the cases of TestCopy copy from.
@@ -75,6 +78,7 @@ func TestCopy(t *testing.T) {
 		{"COPY --chown=3:4 --chmod=711 n /z/d\nCOPY --parents d/x /z/", map[string]string{
 			"z": "d 0711 3:4 ", "z/d": "d 0700 3:4 ", "z/d/f": "- 0711 3:4 NF", "z/d/g": "- 0711 3:4 NG", "z/d/x": x,
 		}},
+		{"COPY d /z\nFROM scratch\nCOPY --from=0 /z /z\nCOPY --from=0 / /\n", under("z")},
 		{"COPY ../f /../z", map[string]string{"z": f}},
 		{"COPY f g /z", map[string]string{"z": g}},
 		{"COPY f g /z/", map[string]string{"z": dir, "z/f": f, "z/g": g}},
@@ -260,5 +264,21 @@ func TestStaleSources(t *testing.T) {
 		if got := b.build(text, nil)["f"]; got != "- 0644 0:0 "+content {
 			t.Errorf("got %q, want the text %q", got, content)
 		}
+	}
+}
+
+func TestCopyAgain(t *testing.T) {
+	b := newBench(t)
+	copyContext(t, b)
+	var again layer.Layer
+	err := b.try("FROM scratch AS a\nCOPY d /z\nFROM scratch\nCOPY --from=a / /\nCOPY --from=a /z /z\n", nil, func(_ *layer.Store, img *image.Image) {
+		again = img.Layers[len(img.Layers)-1]
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	const empty = "sha256:5f70bf18a086007016e948b04aed3b82103a36bea41755b6cddfaf10ace3c6ef"
+	if again.DiffID != empty {
+		t.Errorf("copying the same files again makes layer %s, want an empty one", again.DiffID)
 	}
 }

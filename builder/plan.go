@@ -275,7 +275,7 @@ func (p *plan) changed(n *node) bool {
 	if n.Type == layer.Whiteout {
 		return ok
 	}
-	return !ok || n.inode != "" || !n.Entry.Same(*old)
+	return !ok || !n.Entry.Same(*old)
 }
 
 // link makes of several names of one file the first a file and the others hard links to it.
