@@ -276,7 +276,7 @@ func TestRequestIsWhole(t *testing.T) {
 	}
 	fs := pflag.NewFlagSet("build", pflag.ContinueOnError)
 	(&buildFlags{}).register(fs)
-	readElsewhere := []string{"keep-storage", "cache-from", "cache-to", "file", "build-context", "call", "check", "tag", "output", "push", "load", "annotation", "iidfile", "metadata-file", "jobs", "explain", "progress", "quiet"}
+	readElsewhere := []string{"keep-storage", "cache-from", "cache-to", "file", "build-context", "call", "check", "tag", "output", "push", "load", "annotation", "iidfile", "metadata-file", "jobs", "explain", "progress", "timings", "trace", "quiet"}
 	fs.VisitAll(func(flag *pflag.Flag) {
 		v, ok := values[flag.Name]
 		if !ok {
