@@ -270,14 +270,14 @@ func (b *bounds) killed() (peak int64, yes bool) {
 	return peak, yes
 }
 
-// explain adds to an error that memory ran out.
+// explain adds to an error what might have been too little for the process.
 func (b *bounds) explain(p Process, err error) error {
 	var exit *ExitError
 	if !errors.As(err, &exit) {
 		return err
 	}
 	exit.Peak, exit.OutOfMemory = b.killed()
-	exit.Memory = p.Limits.Memory
+	exit.Memory, exit.SingleID = p.Limits.Memory, p.Ground.SingleID
 	return err
 }
 

@@ -41,6 +41,7 @@ type profile struct {
 	unconfined bool // no seccomp
 	unmasked   bool // all of /proc and /sys
 	volume     bool // the state is not on the container's own overlay
+	online     bool // the machine's network
 	isolation  string
 	storage    string
 	message    string // where no step can run: what has to be said
@@ -249,6 +250,10 @@ func (g *grounds) spec(t *testing.T, dir string, p profile) *specs.Spec {
 	if p.volume {
 		s.Mounts = append(s.Mounts, specs.Mount{Destination: "/state", Type: "bind", Source: filepath.Join(dir, "volume"), Options: []string{"rbind"}})
 	}
+	if p.online {
+		s.Linux.Namespaces = s.Linux.Namespaces[:4]
+		s.Mounts = append(s.Mounts, specs.Mount{Destination: "/etc/resolv.conf", Type: "bind", Source: "/etc/resolv.conf", Options: []string{"rbind", "ro"}})
+	}
 	if !p.unmasked {
 		s.Linux.MaskedPaths = []string{"/proc/acpi", "/proc/kcore", "/proc/keys", "/proc/timer_list", "/proc/scsi", "/sys/firmware"}
 		s.Linux.ReadonlyPaths = []string{"/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"}
@@ -331,5 +336,36 @@ func (g *grounds) nested(t *testing.T, want string) {
 		if got := g.digest(t, filepath.Join(out, "image")); got != want {
 			t.Errorf("in a RUN: image %s, want %s", got, want)
 		}
+	}
+}
+
+const debianDockerfile = `FROM scratch AS debian
+ADD debian.tar /
+FROM debian
+RUN apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends nginx-light \
+ && rm -rf /var/lib/apt/lists/* /var/log/* /var/cache/apt/* /var/cache/ldconfig/aux-cache /var/cache/debconf/*-old /var/lib/dpkg/*-old
+RUN useradd -m app && su app -c id && ldconfig && rm -f /var/cache/ldconfig/aux-cache
+RUN dpkg -l | wc -l && perl -e 'print "perl\n"'
+`
+
+// TestGroundsDebian builds on a Debian base in containers. It needs a Debian mirror and a tar of a Debian root, and some
+// minutes, so it runs only where FILO_DEBIAN names that tar.
+func TestGroundsDebian(t *testing.T) {
+	tar := os.Getenv("FILO_DEBIAN")
+	if tar == "" {
+		t.Skip("FILO_DEBIAN is not set")
+	}
+	g := newGrounds(t)
+	g.write(t, "context/Dockerfile", debianDockerfile, 0o644)
+	if err := os.Link(tar, filepath.Join(g.context, "debian.tar")); err != nil {
+		t.Fatal(err)
+	}
+	want := g.digest(t, g.onHost(t, "root"))
+	for _, p := range profiles {
+		p.online = true
+		if p.name == "unconfined user" {
+			p.message = "give this user a range in /etc/subuid" // apt becomes another user
+		}
+		t.Run(p.name, func(t *testing.T) { g.try(t, "runc", p, want) })
 	}
 }

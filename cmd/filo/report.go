@@ -69,9 +69,21 @@ func hint(err error, tail []string) string {
 	return ""
 }
 
+// wantsOtherID says whether a step complains as programs do that may not become or name another user.
+func wantsOtherID(said string) bool {
+	for _, call := range []string{"setgroups", "setegid", "seteuid", "setresuid", "setuid", "setgid", "chown"} {
+		if strings.Contains(said, call) && (strings.Contains(said, "nvalid argument") || strings.Contains(said, "not permitted")) {
+			return true
+		}
+	}
+	return false
+}
+
 // exitHint knows what commands say when something common is missing.
 func exitHint(e *sandbox.ExitError, said string) string {
 	switch {
+	case e.SingleID && wantsOtherID(said):
+		return "the step wants another user ID and only one exists here: give this user a range in /etc/subuid and /etc/subgid and install newuidmap (Debian: package uidmap), or run filo as root"
 	case e.Code == 127 && strings.Contains(said, "\r"):
 		return "a script has Windows line ends (\\r\\n); convert it to \\n"
 	case strings.Contains(e.Reason, "/bin/sh") && (strings.Contains(e.Reason, "no such file") || strings.Contains(e.Reason, "not found")):
