@@ -110,7 +110,7 @@ func (x *extraction) describe(hdr *tar.Header, at string) (node, error) {
 		n.UID, n.GID = x.owner.uid, x.owner.gid
 	}
 	switch hdr.Typeflag {
-	case tar.TypeReg, tar.TypeRegA, tar.TypeGNUSparse, tar.TypeCont: //nolint:staticcheck // old archives have TypeRegA
+	case tar.TypeReg, tar.TypeGNUSparse, tar.TypeCont: // the reader says TypeReg for old archives too
 		n.Type = layer.Regular
 	case tar.TypeDir:
 		n.Type = layer.Dir
