@@ -36,6 +36,13 @@ type options struct {
 }
 
 func main() {
+	if os.Args[0] == measurer {
+		if err := measure(os.Args[1:]); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
+		return
+	}
 	o := options{}
 	flag.Float64Var(&o.scale, "scale", 0.1, "size of all work; 1 is 30,000 files, 1 GiB, a base of 300,000 files")
 	flag.IntVar(&o.rounds, "rounds", 3, "how often each builder does each work")

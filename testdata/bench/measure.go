@@ -48,21 +48,42 @@ func middle[T cmp.Ordered](us []usage, of func(usage) T) T {
 // nobody pays for it.
 func timed(env []string, args ...string) (usage, error) {
 	syscall.Sync()
-	var out bytes.Buffer
-	cmd := exec.Command(args[0], args[1:]...)
+	self, err := os.Executable()
+	if err != nil {
+		return usage{}, err
+	}
+	var out, figures bytes.Buffer
+	cmd := exec.Command(self, args...)
+	cmd.Args[0] = measurer
 	cmd.Env = append(os.Environ(), env...)
-	cmd.Stdout, cmd.Stderr = &out, &out
-	begin := time.Now()
-	err := cmd.Run()
-	u := usage{wall: time.Since(begin)}
+	cmd.Stdout, cmd.Stderr = &figures, &out
+	err = cmd.Run()
+	var u usage
+	if err == nil {
+		_, err = fmt.Sscan(figures.String(), &u.wall, &u.cpu, &u.memory, &u.written)
+	}
 	if err != nil {
 		lines := strings.Split(strings.TrimSpace(out.String()), "\n")
 		return u, fmt.Errorf("%s: %w: %s", strings.Join(args, " "), err, strings.Join(lines[max(0, len(lines)-3):], "; "))
 	}
-	ru := cmd.ProcessState.SysUsage().(*syscall.Rusage)
-	u.cpu = cmd.ProcessState.UserTime() + cmd.ProcessState.SystemTime()
-	u.memory, u.written = ru.Maxrss<<10, ru.Oublock*512
 	return u, nil
+}
+
+// measurer is the name under which this program runs a command and prints its figures. A process starts with the peak
+// memory of the one it was started by, so that one must be small.
+const measurer = "bench-measure"
+
+func measure(args []string) error {
+	cmd := exec.Command(args[0], args[1:]...)
+	cmd.Stdout, cmd.Stderr = os.Stderr, os.Stderr
+	begin := time.Now()
+	if err := cmd.Run(); err != nil {
+		return err
+	}
+	wall := time.Since(begin)
+	ru := cmd.ProcessState.SysUsage().(*syscall.Rusage)
+	fmt.Println(int64(wall), int64(cmd.ProcessState.UserTime()+cmd.ProcessState.SystemTime()), ru.Maxrss<<10, ru.Oublock*512)
+	return nil
 }
 
 // ofDaemon runs do and adds what the process pid and the children it waited for used meanwhile.
