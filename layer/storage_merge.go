@@ -243,7 +243,32 @@ func (a *application) dress() error {
 		if !ok || e.Type != Dir {
 			continue // a later layer took it away
 		}
+		if err := a.strip(dir, e.Xattrs); err != nil {
+			return err
+		}
 		if err := dress(a.root, dir, e, a.single); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// strip removes the extended attributes that a lower layer gave to dir and that it has no more.
+func (a *application) strip(dir string, kept map[string]string) error {
+	d, err := a.root.Dir(dir)
+	if err != nil {
+		return err
+	}
+	defer d.Close()
+	xattrs, err := d.Xattrs(".", layerXattr)
+	if err != nil {
+		return err
+	}
+	for key := range xattrs {
+		if _, ok := kept[key]; ok {
+			continue
+		}
+		if err := d.RemoveXattr(".", key); err != nil {
 			return err
 		}
 	}
