@@ -59,7 +59,11 @@ func (w *walk) try(ctx context.Context, r *stageRun, st dockerfile.Step, name st
 		keyed()
 		v.emit(Event{State: Started})
 		v.emit(Event{State: Cached})
-		w.put(ctx, v, r, st, m, sketch.key)
+		keys := []cache.Key{sketch.key}
+		if m.same != "" {
+			keys = append(keys, m.same)
+		}
+		w.put(ctx, v, r, st, m, keys...)
 		return nil
 	}
 	var t task
@@ -102,7 +106,7 @@ func (w *walk) try(ctx context.Context, r *stageRun, st dockerfile.Step, name st
 	keys := []cache.Key{q.key}
 	if sketched {
 		keys = append(keys, sketch.key)
-		w.keep(sketch, cache.Record{Layer: m.layer.DiffID, Created: m.created})
+		w.keep(sketch, cache.Record{Layer: m.layer.DiffID, Created: m.created, Same: q.key})
 	}
 	w.put(ctx, v, r, st, m, keys...)
 	return nil
@@ -224,6 +228,7 @@ type memory struct {
 	layer   layer.Layer
 	created int64
 	hit     bool
+	same    cache.Key // another key of the step; "" if none is known
 }
 
 // remembered returns the layer kept for q, or makes it with do and keeps it. Of several that want the same layer, in this
@@ -288,7 +293,7 @@ func (w *walk) recall(key cache.Key) (memory, bool) {
 		return memory{}, false
 	}
 	w.Cache.Touch(key)
-	return memory{layer: l, created: rec.Created, hit: true}, true
+	return memory{layer: l, created: rec.Created, hit: true, same: rec.Same}, true
 }
 
 // recallShared looks q up in the shared caches and keeps what it finds.

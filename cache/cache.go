@@ -54,6 +54,7 @@ type Record struct {
 	Created int64           // when the layer was made, seconds since the epoch
 	Op      json.RawMessage `json:",omitempty"` // what went into the key, for people who ask why a step missed
 	Inputs  []digest.Digest `json:",omitempty"`
+	Same    Key             `json:",omitempty"` // another key of the same step, under which it is kept as well
 	Check   string          // digest of the fields above: a torn record is a miss
 }
 
@@ -149,7 +150,7 @@ func (s *Store) path(k Key) string {
 
 func (r Record) check() string {
 	h := sha256.New()
-	fmt.Fprintf(h, "%s\n%d\n%s\n%q", r.Layer, r.Created, r.Op, r.Inputs)
+	fmt.Fprintf(h, "%s\n%d\n%s\n%q\n%s", r.Layer, r.Created, r.Op, r.Inputs, r.Same)
 	return hex.EncodeToString(h.Sum(nil)[:8])
 }
 
