@@ -235,7 +235,7 @@ func (s *Store) openStored(ctx context.Context, dgst digest.Digest) (io.ReadClos
 		f.Close()
 		return nil, 0, err
 	}
-	s.touch(path)
+	s.used(path, info)
 	v := newVerifier(ctx, f, dgst, info.Size())
 	return &blobReader{Reader: v, file: f, path: path}, info.Size(), nil
 }
@@ -322,7 +322,7 @@ func (s *Store) blobPath(d digest.Digest) string {
 func (s *Store) storedBlobs(l Layer) []storedBlob {
 	return slices.DeleteFunc(s.readBlobs(l), func(b storedBlob) bool {
 		info, err := os.Lstat(s.blobPath(b.Descriptor.Digest))
-		return err != nil || info.Size() != b.Descriptor.Size
+		return err != nil || info.Size() != b.Descriptor.Size || !s.sound(b.Descriptor.Digest, info)
 	})
 }
 
@@ -335,11 +335,12 @@ func (s *Store) readBlobs(l Layer) []storedBlob {
 	if json.Unmarshal(data, &list) != nil {
 		return nil
 	}
-	return list
+	return slices.DeleteFunc(list, func(b storedBlob) bool { return !b.valid() })
 }
 
 // putLayerBlob moves a finished file to its place and notes it as a blob of l.
 func (s *Store) putLayerBlob(ctx context.Context, l Layer, file string, b storedBlob) error {
+	s.stamp(file)
 	if err := os.Rename(file, s.blobPath(b.Descriptor.Digest)); err != nil {
 		return err
 	}

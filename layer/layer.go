@@ -78,6 +78,7 @@ type Store struct {
 	promised map[digest.Digest]Layer     // by blob digest
 	turns    map[string]chan struct{}    // the goroutines' half of Lock
 	whole    map[digest.Digest]bool      // trees known to be whole
+	verified map[digest.Digest]int64     // mtimes of blobs that were read and right
 	stubs    map[string]string           // directories of stubs, by what is in them
 
 	discards sync.WaitGroup // removals that go on
@@ -120,6 +121,7 @@ func Open(dir string, o Options) (*Store, error) {
 		promised: map[digest.Digest]Layer{},
 		turns:    map[string]chan struct{}{},
 		whole:    map[digest.Digest]bool{},
+		verified: map[digest.Digest]int64{},
 		stubs:    map[string]string{},
 	}
 	for _, sub := range []string{"blobs/sha256", "layers", "tmp", "locks"} {

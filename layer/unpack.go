@@ -49,6 +49,9 @@ func (s *Store) obtain(ctx context.Context, l Layer, n need) error {
 	}
 	defer removeAll(dir)
 	if err := s.obtainFrom(ctx, l, n, x, dir); err != nil {
+		if ctx.Err() == nil && !s.Has(l) {
+			err = fmt.Errorf("%w: %w", ErrLost, err)
+		}
 		return fmt.Errorf("unpack layer %s: %w", l.DiffID, err)
 	}
 	return nil

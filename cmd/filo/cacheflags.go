@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"slices"
 	"sync"
@@ -11,6 +12,7 @@ import (
 	"filo/builder"
 	"filo/builder/export"
 	"filo/cache/remote"
+	"filo/layer"
 	"filo/layer/registry"
 )
 
@@ -83,6 +85,9 @@ func (j *job) beginTask(name string) func(error) {
 // vertices is more than one build can have.
 const vertices = 1 << 20
 
+// maxLost bounds how often a build begins again because a layer of the store was damaged.
+const maxLost = 20
+
 // produce builds and exports. What a shared cache promised and does not have is done again without it.
 func (j *job) produce(ctx context.Context, b *builder.Builder, shared *remote.Cache) (builder.Result, []export.Exported, error) {
 	emit := b.Emit
@@ -100,8 +105,16 @@ func (j *job) produce(ctx context.Context, b *builder.Builder, shared *remote.Ca
 			}
 			again = !slices.ContainsFunc(j.outputs, writesStdout)
 		}
+		if err == nil || ctx.Err() != nil || !again {
+			return result, exported, err
+		}
+		// What is lost is gone from the store now, so that the step which made it is done again.
+		if errors.Is(err, layer.ErrLost) && try < maxLost {
+			j.warn(fmt.Sprintf("repaired: %v", err))
+			continue
+		}
 		// Forget is asked only after a failure, since it withdraws the promises that were tried.
-		if err == nil || ctx.Err() != nil || !again || !shared.Forget() && !registry.Is(err, registry.Incomplete) {
+		if !shared.Forget() && !registry.Is(err, registry.Incomplete) {
 			return result, exported, err
 		}
 	}
