@@ -14,7 +14,7 @@ build:
 	$(GO) build -trimpath -ldflags='-s -w' -o filo ./cmd/filo
 
 test:
-	$(GO) test ./... ./testdata/toybox
+	$(GO) test -timeout 20m ./... ./testdata/toybox
 
 # Format, vet, the doors of the house, and a linter.
 check:
