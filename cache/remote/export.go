@@ -116,20 +116,24 @@ func (t *target) export(ctx context.Context, made []Made) error {
 			t.c.o.Warn(fmt.Sprintf("cache-to %s: others write to it all the time; some records are lost", t.spec.Text))
 			return nil
 		}
+		if err := pause(ctx, try); err != nil {
+			return err
+		}
 		if old, version, err = t.place.read(ctx); err != nil {
 			return err
 		}
 	}
 }
 
-// writes is how often an index is written when others write to the same place.
-const writes = 6
+// writes is how often an index is written when others write to the same place. Of those who write at once to a place
+// that refuses what is stale one gets through each time, so that as many may.
+const writes = 60
 
 // write writes the index and reports whether somebody else's came in between.
 func (t *target) write(ctx context.Context, x *index, version string) (lost bool, err error) {
 	err = t.place.write(ctx, x, version)
 	if errors.Is(err, errStale) {
-		return true, pause(ctx)
+		return true, nil
 	}
 	if err != nil {
 		return false, err
@@ -138,9 +142,11 @@ func (t *target) write(ctx context.Context, x *index, version string) (lost bool
 	return !kept, err
 }
 
-// pause waits until whoever read before we wrote will have written: 20 to 80 ms were measured to be enough.
-func pause(ctx context.Context) error {
-	timer := time.NewTimer(20*time.Millisecond + rand.N(60*time.Millisecond))
+// pause waits until whoever read before we wrote will have written: 20 to 80 ms were measured to be enough for a few.
+// The more often it was tried the longer it may last, up to 1.3 s, so that many writers stop getting in each other's way.
+func pause(ctx context.Context, try int) error {
+	most := 80 * time.Millisecond << min(try/4, 4)
+	timer := time.NewTimer(20*time.Millisecond + rand.N(most-20*time.Millisecond))
 	defer timer.Stop()
 	select {
 	case <-timer.C:

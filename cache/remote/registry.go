@@ -28,6 +28,7 @@ type registryPlace struct {
 
 	mu      sync.Mutex
 	written digest.Digest // the manifest that was pushed last
+	refused string        // the version that a write found replaced
 }
 
 // newRegistryPlace returns the place of s. One that is written to must be read fresh: see [place.write].
@@ -120,8 +121,9 @@ func (p *registryPlace) put(ctx context.Context, d ocispec.Descriptor, open func
 
 func (p *registryPlace) doubt(d digest.Digest) { p.client.Doubt(p.ref, d) }
 
-// write implements place. Registries have no conditional writes: whether it lasts is asked with kept.
-func (p *registryPlace) write(ctx context.Context, x *index, _ string) error {
+// write implements place. Registries have no conditional writes: it looks first, since the index may have been read
+// when a long build began, and whether what it wrote lasts is asked with kept.
+func (p *registryPlace) write(ctx context.Context, x *index, version string) error {
 	config, manifest, err := p.wrap(x)
 	if err != nil {
 		return err
@@ -132,6 +134,9 @@ func (p *registryPlace) write(ctx context.Context, x *index, _ string) error {
 	if err != nil {
 		return err
 	}
+	if stale, err := p.stale(ctx, version); err != nil || stale {
+		return errors.Join(err, errStale)
+	}
 	if err := p.client.PushManifest(ctx, p.ref, manifest.Descriptor, manifest.data); err != nil {
 		return err
 	}
@@ -141,8 +146,27 @@ func (p *registryPlace) write(ctx context.Context, x *index, _ string) error {
 	return nil
 }
 
+// stale reports whether the reference names something else than the version that was read. A registry that says so
+// of what it has just sent has two names for it, and is not asked about it again.
+func (p *registryPlace) stale(ctx context.Context, version string) (bool, error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.refused == version && version != "" {
+		return false, nil
+	}
+	d, err := p.client.Current(ctx, p.ref)
+	if registry.Is(err, registry.NotFound) {
+		return version != "", nil
+	}
+	if err != nil || d.Digest == "" || d.Digest.String() == version {
+		return false, err
+	}
+	p.refused = version
+	return true, nil
+}
+
 func (p *registryPlace) kept(ctx context.Context) (bool, error) {
-	if err := pause(ctx); err != nil {
+	if err := pause(ctx, 1); err != nil {
 		return false, err
 	}
 	d, err := p.client.Current(ctx, p.ref)

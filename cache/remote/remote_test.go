@@ -11,6 +11,8 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"net/http/httputil"
+	"net/url"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -267,8 +269,10 @@ func TestWriters(t *testing.T) {
 			t.Run(fmt.Sprint(name, " ", n), func(t *testing.T) {
 				p := place(t)
 				var g errgroup.Group
+				var writers []*runner
 				for i := range n {
 					r := newRunner(t)
+					writers = append(writers, r)
 					c := r.open(nil, []string{p.to})
 					m := r.make(fmt.Sprint(i), fmt.Sprint("content ", i), true)
 					g.Go(func() error { return c.Export(t.Context(), []Made{m}) })
@@ -281,8 +285,100 @@ func TestWriters(t *testing.T) {
 				for i := range n {
 					r.want(c, fmt.Sprint(i), fmt.Sprint("content ", i))
 				}
+				for i, w := range writers {
+					if len(w.warnings) > 0 {
+						t.Errorf("writer %d: warnings %q", i, w.warnings)
+					}
+				}
 			})
 		}
+	}
+}
+
+// What others wrote between the first layer that a long build sent and its end stays.
+func TestLongBuild(t *testing.T) {
+	for name, place := range places(t) {
+		t.Run(name, func(t *testing.T) {
+			p := place(t)
+			long, short := newRunner(t), newRunner(t)
+			c := long.open(nil, []string{p.to + ",mode=max"})
+			first := long.make("first", "1", false)
+			c.Offer(t.Context(), first)
+			c.Wait()
+			short.export(short.open(nil, []string{p.to}), short.make("short", "2", true))
+			long.export(c, first, long.make("last", "3", true))
+			fresh := newRunner(t)
+			c = fresh.open([]string{p.from}, nil)
+			for step, want := range map[string]string{"first": "1", "short": "2", "last": "3"} {
+				fresh.want(c, step, want)
+			}
+		})
+	}
+}
+
+// A server that sends old data under a new ETag makes nobody write over what the new data has.
+func TestTornRead(t *testing.T) {
+	server := serveBucket(t)
+	to := "type=s3,bucket=bucket,endpoint_url="
+	r := newRunner(t)
+	r.export(r.open(nil, []string{to + server}), r.make("one", "1", true))
+	torn, reads := tornProxy(t, server)
+	c := r.open([]string{to + torn}, []string{to + torn})
+	r.want(c, "one", "1") // the proxy has seen the old data
+	r.export(r.open(nil, []string{to + server}), r.make("two", "2", true))
+	r.export(c, r.make("three", "3", true))
+	if reads() < 3 {
+		t.Errorf("the index was read %d times, want once torn and once more", reads())
+	}
+	fresh := newRunner(t)
+	c = fresh.open([]string{to + server}, nil)
+	for step, want := range map[string]string{"one": "1", "two": "2", "three": "3"} {
+		fresh.want(c, step, want)
+	}
+}
+
+// tornProxy stands before an S3 server. The first read of an index after it changed has the data of the one before.
+// It returns where it is and what tells how often an index was read.
+func tornProxy(t *testing.T, server string) (string, func() int) {
+	t.Helper()
+	to, err := url.Parse(server)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var mu sync.Mutex
+	var tag string
+	var data []byte
+	reads := 0
+	proxy := &httputil.ReverseProxy{Rewrite: func(r *httputil.ProxyRequest) {
+		r.SetURL(to)
+		r.Out.Host = r.In.Host // it is signed
+	}}
+	proxy.ModifyResponse = func(resp *http.Response) error {
+		if resp.Request.Method != http.MethodGet || !strings.Contains(resp.Request.URL.Path, "/manifests/") {
+			return nil
+		}
+		now, err := io.ReadAll(resp.Body)
+		if err != nil {
+			return err
+		}
+		mu.Lock()
+		defer mu.Unlock()
+		reads++
+		sent := now
+		if tag != "" && tag != resp.Header.Get("ETag") {
+			sent = data
+		}
+		tag, data = resp.Header.Get("ETag"), now
+		resp.Body, resp.ContentLength = io.NopCloser(bytes.NewReader(sent)), int64(len(sent))
+		resp.Header.Set("Content-Length", fmt.Sprint(len(sent)))
+		return nil
+	}
+	srv := httptest.NewServer(proxy)
+	t.Cleanup(srv.Close)
+	return srv.URL, func() int {
+		mu.Lock()
+		defer mu.Unlock()
+		return reads
 	}
 }
 

@@ -4,11 +4,14 @@ import (
 	"bytes"
 	"cmp"
 	"context"
+	"crypto/md5" // what S3's ETags are made with
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"io"
 	"net/url"
 	"path/filepath"
+	"strings"
 	"sync"
 	"time"
 
@@ -31,6 +34,7 @@ type bucket struct {
 
 	mu            sync.Mutex
 	unconditional bool   // the server does not know conditional writes
+	unsure        bool   // nothing says whether the index that was read is the one that its ETag names
 	written       string // ETag of the index that was written last
 }
 
@@ -85,7 +89,7 @@ func credentialsOf(o Options, s Spec) *credentials.Credentials {
 // read implements place.
 func (b *bucket) read(ctx context.Context) (*index, string, error) {
 	for _, name := range b.names {
-		data, tag, err := b.small(ctx, b.index+name)
+		data, tag, err := b.whole(ctx, b.index+name)
 		if isMissing(err) {
 			continue
 		}
@@ -100,22 +104,56 @@ func (b *bucket) read(ctx context.Context) (*index, string, error) {
 	return x, "", nil
 }
 
+// tornReads is how often an object is read that is not what its ETag names.
+const tornReads = 12
+
+// whole reads an object that is held in memory, and its ETag. Servers that keep data and ETag apart (versitygw with
+// --sidecar) send for a moment the old data under the new ETag: who merges into that and writes on the condition of
+// the ETag loses what the other wrote. So where an ETag is an MD5, as of objects that were put in one piece and are
+// not encrypted with a key of their own, it has to be that of the data.
+func (b *bucket) whole(ctx context.Context, key string) ([]byte, string, error) {
+	for try := 1; ; try++ {
+		data, info, err := b.small(ctx, key)
+		if err != nil {
+			return nil, "", err
+		}
+		sum := md5.Sum(data)
+		sure := info.ETag == hex.EncodeToString(sum[:])
+		if sure || !isMD5(info) || try == tornReads {
+			b.mu.Lock()
+			b.unsure = !sure
+			b.mu.Unlock()
+			return data, info.ETag, nil
+		}
+		if err := pause(ctx, try); err != nil {
+			return nil, "", err
+		}
+	}
+}
+
+// isMD5 reports whether an object has an ETag that is to be the MD5 of its data.
+func isMD5(info minio.ObjectInfo) bool {
+	const encryption = "X-Amz-Server-Side-Encryption"
+	own := info.Metadata.Get(encryption+"-Customer-Algorithm") != "" || strings.HasPrefix(info.Metadata.Get(encryption), "aws:kms")
+	return len(info.ETag) == 2*md5.Size && !own
+}
+
 // small reads an object that is held in memory.
-func (b *bucket) small(ctx context.Context, key string) ([]byte, string, error) {
+func (b *bucket) small(ctx context.Context, key string) ([]byte, minio.ObjectInfo, error) {
 	o, err := b.client.GetObject(ctx, b.name, key, minio.GetObjectOptions{})
 	if err != nil {
-		return nil, "", err
+		return nil, minio.ObjectInfo{}, err
 	}
 	defer o.Close()
 	data, err := io.ReadAll(io.LimitReader(o, maxIndex+1))
 	if err != nil {
-		return nil, "", err
+		return nil, minio.ObjectInfo{}, err
 	}
 	if len(data) > maxIndex {
-		return nil, "", errors.New("too large for an index")
+		return nil, minio.ObjectInfo{}, errors.New("too large for an index")
 	}
 	info, err := o.Stat()
-	return data, info.ETag, err
+	return data, info, err
 }
 
 func isMissing(err error) bool {
@@ -265,12 +303,12 @@ func (b *bucket) write(ctx context.Context, x *index, version string) error {
 	return b.explain("put", key, err)
 }
 
-// kept implements place.
+// kept implements place. A write on a condition that holds is there to stay.
 func (b *bucket) kept(ctx context.Context) (bool, error) {
-	if !b.unconditional {
+	if !b.unconditional && !b.unsure {
 		return true, nil
 	}
-	if err := pause(ctx); err != nil {
+	if err := pause(ctx, 1); err != nil {
 		return false, err
 	}
 	info, err := b.client.StatObject(ctx, b.name, b.index+b.names[0], minio.StatObjectOptions{})
