@@ -36,7 +36,7 @@ func TestCores(t *testing.T) {
 	const text = "FROM scratch AS a\nCOPY big /a\nFROM scratch AS b\nCOPY many /b\nFROM scratch\nCOPY --from=b /b /b\nCOPY --from=a /a /a\nWORKDIR /w\nCOPY . /all/\n"
 	epoch := int64(1_000_000_000)
 	defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(0))
-	for _, c := range []layer.Compression{{Algorithm: layer.Gzip}, {Algorithm: layer.Gzip, Level: 1}, {Algorithm: layer.Zstd}, {Algorithm: layer.Uncompressed}} {
+	for _, c := range []layer.Compression{{Algorithm: layer.Gzip}, {Algorithm: layer.Gzip, Level: 1}, {Algorithm: layer.EStargz}, {Algorithm: layer.Zstd}, {Algorithm: layer.Uncompressed}} {
 		want := ""
 		for _, cores := range []int{1, 2, 8} {
 			runtime.GOMAXPROCS(cores)

@@ -84,7 +84,7 @@ func (s *Store) Blob(ctx context.Context, l Layer, c Compression, force bool) (o
 		return fail(err)
 	}
 	if d, ok := s.existingBlob(l, want, c, force); ok {
-		return d, nil
+		return d, s.noteTwin(ctx, d)
 	}
 	unlock, err := s.Lock(ctx, "blob "+l.DiffID.String())
 	if err != nil {
@@ -117,7 +117,7 @@ func (s *Store) existingBlob(l Layer, c, asked Compression, force bool) (ocispec
 		return other, true
 	}
 	for _, p := range s.promisesOf(l) {
-		algorithm, err := algorithmOf(p.desc.MediaType)
+		algorithm, err := algorithmOf(p.desc)
 		if err == nil && (!force || storedBlob{Algorithm: algorithm}.suits(c, asked)) {
 			return ociDescriptor(p.desc, algorithm), true
 		}
@@ -126,7 +126,11 @@ func (s *Store) existingBlob(l Layer, c, asked Compression, force bool) (ocispec
 }
 
 func ociDescriptor(d ocispec.Descriptor, algorithm string) ocispec.Descriptor {
-	return ocispec.Descriptor{MediaType: mediaType(algorithm), Digest: d.Digest, Size: d.Size}
+	var annotations map[string]string
+	if algorithm == EStargz {
+		annotations = BlobAnnotations(d)
+	}
+	return ocispec.Descriptor{MediaType: mediaType(algorithm), Digest: d.Digest, Size: d.Size, Annotations: annotations}
 }
 
 // makeBlob compresses l from a stored or promised blob, or from its tree.
@@ -171,7 +175,7 @@ func (s *Store) recompress(ctx context.Context, l Layer, d ocispec.Descriptor, c
 		return err
 	}
 	defer in.Close()
-	src, _, err := decompressor(in)
+	src, _, err := decompressor(payload(in, d))
 	if err != nil {
 		return err
 	}
@@ -344,6 +348,31 @@ func (s *Store) putLayerBlob(ctx context.Context, l Layer, file string, b stored
 	if err := os.Rename(file, s.blobPath(b.Descriptor.Digest)); err != nil {
 		return err
 	}
+	if err := s.noteTwin(ctx, b.Descriptor); err != nil {
+		return err
+	}
+	return s.noteBlob(ctx, l, b)
+}
+
+// noteTwin notes a stored eStargz blob for the layer that images name for it,
+// so that such an image can be read again.
+func (s *Store) noteTwin(ctx context.Context, d ocispec.Descriptor) error {
+	twin := Layer{digest.Digest(d.Annotations[AnnotationDiffID])}
+	if twin.DiffID == "" {
+		return nil
+	}
+	if err := checkDigest(twin.DiffID); err != nil {
+		return err
+	}
+	if _, err := os.Lstat(s.blobPath(d.Digest)); err != nil {
+		return nil // only promised
+	}
+	d.Annotations = ManifestAnnotations(d)
+	return s.noteBlob(ctx, twin, storedBlob{Algorithm: EStargz, Descriptor: d})
+}
+
+// noteBlob notes a stored blob as one of l.
+func (s *Store) noteBlob(ctx context.Context, l Layer, b storedBlob) error {
 	unlock, err := s.Lock(ctx, "blobs "+l.DiffID.String())
 	if err != nil {
 		return err
@@ -410,11 +439,15 @@ func (b *blobFile) finish() (storedBlob, error) {
 	if err := errors.Join(b.z.Close(), b.file.Chmod(0o644), b.file.Close()); err != nil {
 		return storedBlob{}, err
 	}
-	return storedBlob{b.c.Algorithm, b.c.Level, ocispec.Descriptor{
+	d := ocispec.Descriptor{
 		MediaType: mediaType(b.c.Algorithm),
 		Digest:    digest.NewDigest(digest.SHA256, b.hash),
 		Size:      b.size,
-	}}, nil
+	}
+	if z, ok := b.z.(*seekable); ok {
+		d.Annotations = z.annotations()
+	}
+	return storedBlob{b.c.Algorithm, b.c.Level, d}, nil
 }
 
 // close gives up an unfinished blob; it ends the compressor's goroutines.

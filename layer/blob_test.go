@@ -23,6 +23,7 @@ func TestCompressionCheck(t *testing.T) {
 		{}: true, {Level: 9}: true, {Level: 10}: false, {Level: -1}: false,
 		{Algorithm: Zstd, Level: 22}: true, {Algorithm: Zstd, Level: 23}: false,
 		{Algorithm: Uncompressed}: true, {Algorithm: Uncompressed, Level: 1}: false,
+		{Algorithm: EStargz, Level: 9}: true, {Algorithm: EStargz, Level: 10}: false,
 		{Algorithm: "xz"}: false,
 	} {
 		if err := c.Check(); (err == nil) != ok {
@@ -50,7 +51,7 @@ func TestAlgorithmOf(t *testing.T) {
 		"application/vnd.oci.image.layer.v1.erofs":                     "",
 		"": "",
 	} {
-		if got, err := algorithmOf(mediaType); got != want || (err == nil) != (want != "") {
+		if got, err := algorithmOf(ocispec.Descriptor{MediaType: mediaType}); got != want || (err == nil) != (want != "") {
 			t.Errorf("algorithmOf(%q) = %q, %v", mediaType, got, err)
 		}
 	}
@@ -120,7 +121,7 @@ func TestDecompressorClosedEarly(t *testing.T) {
 
 // From every form of a layer every other can be made, with the same diff ID.
 func TestBlobFromAnything(t *testing.T) {
-	all := []Compression{{Level: 6}, {Algorithm: Zstd}, {Algorithm: Uncompressed}, {Level: 1}}
+	all := []Compression{{Level: 6}, {Algorithm: Zstd}, {Algorithm: Uncompressed}, {Level: 1}, {Algorithm: EStargz}}
 	for _, from := range append([]Compression{{Algorithm: "tree"}}, all...) {
 		for _, to := range all {
 			s := newStore(t)

@@ -18,13 +18,14 @@ import (
 
 // Compression says how a blob is compressed.
 type Compression struct {
-	Algorithm string // Gzip if "", Zstd or Uncompressed
-	Level     int    // Gzip: 1 to 9, Zstd: 1 to 22; 0 is the default
+	Algorithm string // Gzip if "", EStargz, Zstd or Uncompressed
+	Level     int    // Gzip, EStargz: 1 to 9, Zstd: 1 to 22; 0 is the default
 }
 
 // The algorithms of a [Compression].
 const (
 	Gzip         = "gzip"
+	EStargz      = "estargz" // gzip with a table of contents
 	Zstd         = "zstd"
 	Uncompressed = "uncompressed"
 )
@@ -39,8 +40,11 @@ func (c Compression) Check() error {
 func (c Compression) normal() (Compression, error) {
 	highest := 0
 	switch c.Algorithm {
-	case "", Gzip:
-		c.Algorithm, highest = Gzip, 9
+	case "", Gzip, EStargz:
+		if c.Algorithm == "" {
+			c.Algorithm = Gzip
+		}
+		highest = 9
 		if c.Level == 0 {
 			c.Level = 6
 		}
@@ -51,7 +55,7 @@ func (c Compression) normal() (Compression, error) {
 		}
 	case Uncompressed:
 	default:
-		return c, fmt.Errorf("compression %q: not one of gzip, zstd, uncompressed", c.Algorithm)
+		return c, fmt.Errorf("compression %q: not one of gzip, estargz, zstd, uncompressed", c.Algorithm)
 	}
 	if c.Level < 0 || c.Level > highest {
 		return c, fmt.Errorf("compression %s: level %d is not between 0 and %d", c.Algorithm, c.Level, highest)
@@ -61,7 +65,7 @@ func (c Compression) normal() (Compression, error) {
 
 func mediaType(algorithm string) string {
 	switch algorithm {
-	case Gzip:
+	case Gzip, EStargz:
 		return ocispec.MediaTypeImageLayerGzip
 	case Zstd:
 		return ocispec.MediaTypeImageLayerZstd
@@ -70,26 +74,30 @@ func mediaType(algorithm string) string {
 }
 
 // algorithmOf reads the media type of a layer, OCI's or Docker's, of the
-// distributable or foreign kind.
-func algorithmOf(mediaType string) (string, error) {
+// distributable or foreign kind, and whether its descriptor tells of a table of
+// contents.
+func algorithmOf(d ocispec.Descriptor) (string, error) {
 	switch {
-	case strings.HasPrefix(mediaType, "application/vnd.oci.image.layer."),
-		strings.HasPrefix(mediaType, "application/vnd.docker.image.rootfs."):
+	case strings.HasPrefix(d.MediaType, "application/vnd.oci.image.layer."),
+		strings.HasPrefix(d.MediaType, "application/vnd.docker.image.rootfs."):
 	default:
-		return "", fmt.Errorf("media type %q: not a layer", mediaType)
+		return "", fmt.Errorf("media type %q: not a layer", d.MediaType)
 	}
-	_, kind, ok := strings.Cut(mediaType, ".tar")
+	_, kind, ok := strings.Cut(d.MediaType, ".tar")
 	if ok {
 		switch kind {
 		case "":
 			return Uncompressed, nil
 		case "+gzip", ".gzip":
+			if isEStargz(d) {
+				return EStargz, nil
+			}
 			return Gzip, nil
 		case "+zstd", ".zstd":
 			return Zstd, nil
 		}
 	}
-	return "", fmt.Errorf("media type %q: unknown kind of layer", mediaType)
+	return "", fmt.Errorf("media type %q: unknown kind of layer", d.MediaType)
 }
 
 // gzipBlock must not change, nor depend on the machine: it decides the bytes.
@@ -107,6 +115,8 @@ func (c Compression) compressor(w io.Writer) (io.WriteCloser, error) {
 		z.ModTime = time.Unix(0, 0) // the zero Time would be written as some seconds
 		// Each block in flight costs about 3 MiB.
 		return z, z.SetConcurrency(gzipBlock, min(runtime.GOMAXPROCS(0), 16))
+	case EStargz:
+		return newSeekable(w, c.Level), nil
 	case Zstd:
 		return zstd.NewWriter(w,
 			zstd.WithEncoderLevel(zstd.EncoderLevelFromZstd(c.Level)),

@@ -20,7 +20,7 @@
 // from the caller's function) and knows neither Dockerfiles nor cache keys.
 //
 // Start at [Open]. writer.go makes layers, unpack.go reads foreign ones,
-// blob.go holds the compressed side, tree.go the unpacked one, index.go the
+// blob.go holds the compressed side (estargz.go the seekable one), tree.go the unpacked one, index.go the
 // entry list, view.go stacks indexes, overlay.go and snapshot.go serve RUN,
 // storage.go does so without overlays, prune.go throws away.
 package layer

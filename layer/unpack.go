@@ -155,7 +155,7 @@ func (s *Store) obtainBlob(ctx context.Context, l Layer, n need, o origin, dir s
 	if err := checkDigest(o.desc.Digest); err != nil {
 		return err
 	}
-	if _, err := algorithmOf(o.desc.MediaType); err != nil {
+	if _, err := algorithmOf(o.desc); err != nil {
 		return err
 	}
 	ctx, cancel := context.WithCancel(ctx)
@@ -203,6 +203,9 @@ func (s *Store) putUnpacked(ctx context.Context, l Layer, n need, u *unpacking, 
 		if err := errors.Join(u.blob.Chmod(0o644), u.blob.Close()); err != nil {
 			return err
 		}
+		if u.algorithm == Gzip && isEStargz(u.desc) {
+			u.algorithm = EStargz
+		}
 		b := storedBlob{Algorithm: u.algorithm, Descriptor: ociDescriptor(u.desc, u.algorithm)}
 		if err := s.putLayerBlob(ctx, l, u.blob.Name(), b); err != nil {
 			return err
@@ -227,7 +230,7 @@ func (u *unpacking) read(body io.Reader) error {
 	if u.blob != nil {
 		in = io.TeeReader(in, u.blob)
 	}
-	err := u.readTar(in)
+	err := u.readTar(payload(in, u.desc))
 	if err != nil && u.ctx.Err() != nil {
 		return context.Cause(u.ctx)
 	}

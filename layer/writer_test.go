@@ -112,6 +112,7 @@ func TestGoldenDigests(t *testing.T) {
 		{Algorithm: Gzip, Level: 9}: "sha256:ba94e2644574f49c4b057e490d1af011049c5df8f9bdc4c4c708abbe58e9c53e",
 		{Algorithm: Zstd}:           "sha256:37c47f89217573f826bcd0c9bed6f3c9c92530c692e9785dbd3f8fd2df2174f4",
 		{Algorithm: Uncompressed}:   diffID,
+		{Algorithm: EStargz}:        "sha256:ae0f82f49c4e1adede159e80a65d4d04c48bb36c101b53c89010be02c0ae83fb",
 	}
 	for c, want := range golden {
 		for _, procs := range []int{1, 4} {

@@ -209,7 +209,7 @@ func (o Output) plan(names []string) (plan, error) {
 	if v, ok := o.Attrs["name"]; ok {
 		names = strings.Split(v, ",")
 	}
-	if _, told := o.Attrs["oci-mediatypes"]; p.old && !told && o.Type != "oci" && o.Attrs["compression"] != "zstd" && p.annotations.none() {
+	if _, told := o.Attrs["oci-mediatypes"]; p.old && !told && o.Type != "oci" && !onlyOCI(o.Attrs["compression"]) && p.annotations.none() {
 		p.write.DockerTypes = true
 	}
 	if err := checkCompression(o.Attrs, &p.write); err != nil {
@@ -336,22 +336,22 @@ func (p *plan) flag(k, v string) error {
 }
 
 // maxLevel is the highest compression level of each algorithm; 0 if it has none.
-var maxLevel = map[string]int{"gzip": 9, "zstd": 22, "uncompressed": 0}
+var maxLevel = map[string]int{"gzip": 9, "estargz": 9, "zstd": 22, "uncompressed": 0}
+
+// onlyOCI reports whether layers of a compression have no media type of Docker's, or none that tells what they are.
+func onlyOCI(compression string) bool { return compression == "zstd" || compression == "estargz" }
 
 func checkCompression(attrs map[string]string, w *image.WriteOptions) error {
 	alg, ok := attrs["compression"]
-	switch {
-	case alg == "estargz":
-		return errors.New("compression=estargz is not supported: gzip and zstd are")
-	case !ok || alg == "":
+	if !ok || alg == "" {
 		alg = "gzip"
 	}
 	top, ok := maxLevel[alg]
 	if !ok {
 		return suggested(fmt.Errorf("unknown compression %q", alg), alg, slices.Sorted(maps.Keys(maxLevel)))
 	}
-	if alg == "zstd" && w.DockerTypes {
-		return errors.New("compression=zstd conflicts with oci-mediatypes=false")
+	if onlyOCI(alg) && w.DockerTypes {
+		return fmt.Errorf("compression=%s conflicts with oci-mediatypes=false", alg)
 	}
 	w.Compression.Algorithm = alg
 	text, ok := attrs["compression-level"]

@@ -69,14 +69,14 @@ func Write(ctx context.Context, s *layer.Store, img *Image, o WriteOptions) (oci
 	if img.Config.OS == "" || img.Config.Architecture == "" {
 		return ocispec.Descriptor{}, fmt.Errorf("write image: config has no platform")
 	}
-	layers, err := blobs(ctx, s, img.Layers, o)
+	layers, diffIDs, err := blobs(ctx, s, img.Layers, o)
 	if err != nil {
 		return ocispec.Descriptor{}, err
 	}
 	config, err := json.Marshal(struct {
 		dockerspec.DockerOCIImage
 		Cache []byte `json:"moby.buildkit.cache.v0,omitempty"`
-	}{complete(img), img.Cache})
+	}{complete(img, diffIDs), img.Cache})
 	if err != nil {
 		return ocispec.Descriptor{}, fmt.Errorf("write image: %w", err)
 	}
@@ -150,9 +150,10 @@ func same(a, b ocispec.Descriptor) bool {
 		pa.Variant == pb.Variant && pa.OSVersion == pb.OSVersion && slices.Equal(pa.OSFeatures, pb.OSFeatures)
 }
 
-// blobs returns the descriptors of layers, making what is missing.
-func blobs(ctx context.Context, s *layer.Store, layers []layer.Layer, o WriteOptions) ([]ocispec.Descriptor, error) {
+// blobs returns the descriptors of layers, making what is missing, and the diff IDs that belong to the blobs.
+func blobs(ctx context.Context, s *layer.Store, layers []layer.Layer, o WriteOptions) ([]ocispec.Descriptor, []digest.Digest, error) {
 	out := make([]ocispec.Descriptor, len(layers))
+	diffIDs := make([]digest.Digest, len(layers))
 	g, ctx := errgroup.WithContext(ctx)
 	g.SetLimit(runtime.GOMAXPROCS(0))
 	for i, l := range layers {
@@ -165,14 +166,19 @@ func blobs(ctx context.Context, s *layer.Store, layers []layer.Layer, o WriteOpt
 			if err != nil {
 				return err
 			}
+			diffIDs[i] = l.DiffID
+			if own := d.Annotations[layer.AnnotationDiffID]; own != "" {
+				diffIDs[i] = digest.Digest(own)
+			}
 			out[i] = ocispec.Descriptor{MediaType: t, Digest: d.Digest, Size: d.Size}
+			if !o.DockerTypes {
+				out[i].Annotations = layer.ManifestAnnotations(d)
+			}
 			return nil
 		})
 	}
-	if err := g.Wait(); err != nil {
-		return nil, err
-	}
-	return out, nil
+	err := g.Wait()
+	return out, diffIDs, err
 }
 
 // layerType returns the OCI or Docker twin of a layer's media type. Non-distributable types become ordinary
@@ -199,12 +205,9 @@ func layerType(t string, docker bool) (string, error) {
 
 // complete returns the config with rootfs and history made to fit the layers. Nothing in it is null: strict
 // readers refuse an image without layers otherwise.
-func complete(img *Image) dockerspec.DockerOCIImage {
+func complete(img *Image, diffIDs []digest.Digest) dockerspec.DockerOCIImage {
 	c := img.Config
-	c.RootFS = ocispec.RootFS{Type: "layers", DiffIDs: []digest.Digest{}}
-	for _, l := range img.Layers {
-		c.RootFS.DiffIDs = append(c.RootFS.DiffIDs, l.DiffID)
-	}
+	c.RootFS = ocispec.RootFS{Type: "layers", DiffIDs: diffIDs}
 	c.History = fit(c.History, len(img.Layers))
 	return c
 }

@@ -149,7 +149,7 @@ func restore(ctx context.Context, s *layer.Store, c *registry.Client, d ocispec.
 			if err != nil || len(origins) == 0 || i >= len(m.DiffIDs) {
 				continue
 			}
-			plain := ocispec.Descriptor{MediaType: t, Digest: l.Digest, Size: l.Size}
+			plain := ocispec.Descriptor{MediaType: t, Digest: l.Digest, Size: l.Size, Annotations: layer.ManifestAnnotations(l)}
 			s.Promise(layer.Layer{DiffID: m.DiffIDs[i]}, plain, func(ctx context.Context) (io.ReadCloser, error) {
 				return fetch(ctx, c, origins, plain)
 			})

@@ -168,7 +168,7 @@ func (r *reader) promise(ctx context.Context, d ocispec.Descriptor, diffID diges
 	if r.client == nil {
 		return l, nil
 	}
-	plain := ocispec.Descriptor{MediaType: t, Digest: d.Digest, Size: d.Size}
+	plain := ocispec.Descriptor{MediaType: t, Digest: d.Digest, Size: d.Size, Annotations: layer.ManifestAnnotations(d)}
 	client, ref := r.client, r.ref
 	r.store.Promise(l, plain, func(ctx context.Context) (io.ReadCloser, error) {
 		return client.Blob(ctx, ref, plain)

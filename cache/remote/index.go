@@ -15,6 +15,7 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"filo/cache"
+	"filo/layer"
 )
 
 // What of an index is read: one is held in memory, and its author may be anybody.
@@ -31,7 +32,7 @@ const day = 24 * 60 * 60
 
 // Annotations of layers, as BuildKit writes them.
 const (
-	annotationDiffID  = "containerd.io/uncompressed"
+	annotationDiffID  = layer.AnnotationDiffID
 	annotationCreated = "buildkit/createdat"
 )
 
@@ -60,6 +61,8 @@ type wire struct {
 type ours struct {
 	Format int     `json:"format"`
 	Used   []int64 `json:"used"`
+
+	EStargz map[digest.Digest]map[string]string `json:"estargz,omitempty"`
 }
 
 // parseIndex reads an index. Records that are BuildKit's, or broken, are left out.
@@ -81,6 +84,10 @@ func parseIndex(data []byte) (*index, error) {
 			continue
 		}
 		e.used = w.Filo.Used[i]
+		e.blob.Annotations = layer.BlobAnnotations(ocispec.Descriptor{Annotations: w.Filo.EStargz[e.blob.Digest]})
+		if !e.valid() {
+			continue
+		}
 		x.add(cache.Key(r.Digest), e)
 	}
 	return x, nil
@@ -102,7 +109,8 @@ func entryOf(layers []cacheimporttypes.CacheLayer, r cacheimporttypes.CacheRecor
 }
 
 func (e entry) valid() bool {
-	return valid(e.diffID) && valid(e.blob.Digest) && e.blob.Size > 0 && e.blob.MediaType != ""
+	own, told := e.blob.Annotations[annotationDiffID]
+	return valid(e.diffID) && valid(e.blob.Digest) && e.blob.Size > 0 && e.blob.MediaType != "" && (!told || valid(digest.Digest(own)))
 }
 
 func valid(d digest.Digest) bool {
@@ -222,6 +230,12 @@ func (x *index) marshal() ([]byte, error) {
 				MediaType: e.blob.MediaType, DiffID: e.diffID, Size: e.blob.Size, CreatedAt: utc(e.created),
 			},
 		})
+		if a := layer.BlobAnnotations(e.blob); a != nil {
+			if w.Filo.EStargz == nil {
+				w.Filo.EStargz = map[digest.Digest]map[string]string{}
+			}
+			w.Filo.EStargz[e.blob.Digest] = a
+		}
 	}
 	for _, k := range slices.Sorted(maps.Keys(x.entries)) {
 		e := x.entries[k]

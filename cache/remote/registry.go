@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"sync"
 	"time"
 
@@ -15,6 +16,7 @@ import (
 	"github.com/opencontainers/image-spec/specs-go"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
+	"filo/layer"
 	"filo/layer/registry"
 )
 
@@ -201,10 +203,9 @@ func (w wrapping) wrap(x *index) (config, manifest document, err error) {
 		if !w.oci {
 			d.MediaType = dockerType(d.MediaType)
 		}
-		d.Annotations = map[string]string{
-			annotationDiffID:  e.diffID.String(),
-			annotationCreated: utc(e.created).Format(time.RFC3339),
-		}
+		d.Annotations = map[string]string{annotationDiffID: e.diffID.String()}
+		maps.Copy(d.Annotations, layer.BlobAnnotations(e.blob))
+		d.Annotations[annotationCreated] = utc(e.created).Format(time.RFC3339)
 		layers = append(layers, d)
 	}
 	version := specs.Versioned{SchemaVersion: 2}

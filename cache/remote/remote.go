@@ -10,6 +10,8 @@
 //
 //	"filo": {"format": 1, "used": [seconds, …]}   for each record, the day on which a build last had use for it
 //
+// and "estargz" in it, by digest, what the store needs to know of blobs with a table of contents.
+//
 // type=inline puts the records into the image's config, as base64 under moby.buildkit.cache.v0; their results name
 // layers of the image. There is nothing but records in it.
 //

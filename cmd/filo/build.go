@@ -77,6 +77,9 @@ func (a *app) runBuild(cmd *cobra.Command, f *buildFlags, ref string) error {
 		return wrong(errors.New("can't use stdin for both build context and dockerfile"))
 	}
 	caches, err := f.results.caches(req.Args)
+	if err == nil {
+		err = caches.fit(outputs)
+	}
 	if err != nil {
 		return wrong(err)
 	}

@@ -42,6 +42,16 @@ func (f *resultFlags) caches(args map[string]string) (c cacheSpecs, err error) {
 	return c, err
 }
 
+// fit refuses type=inline in an image whose layers are other ones for those who pull it: the records would be of no use.
+func (c cacheSpecs) fit(outputs []export.Output) error {
+	for _, o := range outputs {
+		if w := o.Compression(); remote.HasInline(c.to) && w != nil && w.Algorithm == layer.EStargz {
+			return errors.New("--cache-to type=inline does not work with compression=estargz; use type=registry or type=local")
+		}
+	}
+	return nil
+}
+
 // openCaches begins to read the shared caches and lets b ask them.
 func (j *job) openCaches(ctx context.Context, b *builder.Builder) (*remote.Cache, error) {
 	var mu sync.Mutex

@@ -79,6 +79,7 @@ var goFiles = map[string]bool{
 	"builder/sandbox/enter.go":   true, // passes signals on, until the process ends
 	"builder/sandbox/sandbox.go": true, // reads a process's output, until Run has seen its end
 	"layer/compress.go":          true, // reads ahead, until Close
+	"layer/estargz.go":           true, // compresses, until Close
 }
 
 // room is a package directory with its non-test files.
