@@ -21,6 +21,7 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"golang.org/x/sync/semaphore"
 
+	"filo/builder/attest"
 	"filo/builder/image"
 	"filo/builder/sandbox"
 	"filo/cache"
@@ -97,7 +98,8 @@ type Named struct {
 type Fetched struct {
 	FS       fs.FS  // one file (http), or a tree (git)
 	Name     string // base name of the one file; "" for a tree
-	Identity string // what names the content: a body's digest, a commit
+	Identity string // what names the content: a body's digest, a commit with what was taken of it
+	Commit   string // of a git repository; "" for everything else
 	Modified *int64 // Last-Modified, or the time of the commit; seconds since the epoch, nil if unknown
 	Close    func() error
 }
@@ -115,7 +117,9 @@ type Agent func(ctx context.Context) (net.Conn, error)
 type Result struct {
 	Images   []*image.Image // one a platform, in the order asked for
 	Warnings []dockerfile.Warning
-	Made     []Made // what each step made or found, for shared caches; bases first, each key once
+	Made     []Made          // what each step made or found, for shared caches; bases first, each key once
+	Epoch    *int64          // SOURCE_DATE_EPOCH as it was found; nil if times are real
+	Records  []attest.Record // what went into each image
 }
 
 // Made is a layer and the key it can be found under.

@@ -90,6 +90,7 @@ func (w *walk) fetch(ctx context.Context, c *copyStep, src dockerfile.Source) ([
 	if f.Close != nil {
 		c.close = append(c.close, f.Close)
 	}
+	w.inputs.fetched(src.URL, f)
 	o := &origin{fs: f.FS}
 	s := selection{path: "/" + f.Name, literal: true, exclude: c.op.Exclude, unpack: f.Name != "" && deref(c.op.Unpack, false)}
 	return o.pick(ctx, s)

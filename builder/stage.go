@@ -15,6 +15,7 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"golang.org/x/sync/errgroup"
 
+	"filo/builder/attest"
 	"filo/builder/image"
 	"filo/cache"
 	"filo/dockerfile"
@@ -30,6 +31,7 @@ type walk struct {
 	target   *dockerfile.Stage
 	stages   *once[*dockerfile.Stage, *stageRun]
 	ship     func(*vertex, layer.Layer) // compresses a layer of the result while later steps run
+	inputs   inputs
 }
 
 // stageRun is a stage on its way, or done.
@@ -60,7 +62,7 @@ func (b *build) run(ctx context.Context) (Result, error) {
 	if len(wanted) == 0 {
 		wanted = []ocispec.Platform{platforms.Normalize(platforms.DefaultSpec())}
 	}
-	images := make([]*image.Image, len(wanted))
+	images, records := make([]*image.Image, len(wanted)), make([]attest.Record, len(wanted))
 	walks := make([]*walk, len(wanted))
 	g, gctx := errgroup.WithContext(ctx)
 	for i, p := range wanted {
@@ -74,7 +76,7 @@ func (b *build) run(ctx context.Context) (Result, error) {
 	}
 	for i, w := range walks {
 		g.Go(func() (err error) {
-			images[i], err = w.result(gctx)
+			images[i], records[i], err = w.result(gctx)
 			return err
 		})
 	}
@@ -82,7 +84,7 @@ func (b *build) run(ctx context.Context) (Result, error) {
 	for _, f := range b.files.all() {
 		err = errors.Join(err, f.Save())
 	}
-	return Result{Images: images, Warnings: walks[0].warnings(), Made: b.made.all}, err
+	return Result{Images: images, Warnings: walks[0].warnings(), Made: b.made.all, Epoch: b.req.Epoch, Records: records}, err
 }
 
 // parse reads the Dockerfile for platform p. If it or the caller says that SOURCE_DATE_EPOCH is the time of something,
@@ -152,15 +154,15 @@ func (b *build) modified(ctx context.Context, steps []dockerfile.Step) (*int64, 
 }
 
 // result builds the target with all it needs, each stage as soon as what it needs is there.
-func (w *walk) result(ctx context.Context) (*image.Image, error) {
+func (w *walk) result(ctx context.Context) (*image.Image, attest.Record, error) {
 	stages, err := w.file.Plan(w.req.Target)
 	if err != nil {
-		return nil, err
+		return nil, attest.Record{}, err
 	}
 	w.target = stages[len(stages)-1]
 	if w.file.FailOnWarnings() {
 		if err := w.check(ctx, stages); err != nil {
-			return nil, err
+			return nil, attest.Record{}, err
 		}
 	}
 	ctx, cancel := context.WithCancel(ctx)
@@ -188,13 +190,17 @@ func (w *walk) result(ctx context.Context) (*image.Image, error) {
 		err = berr
 	}
 	if err != nil {
-		return nil, err
+		return nil, attest.Record{}, err
+	}
+	record, err := w.record(ctx, stages)
+	if err != nil {
+		return nil, attest.Record{}, err
 	}
 	r, err := w.stage(ctx, w.target)
 	if err != nil {
-		return nil, err
+		return nil, attest.Record{}, err
 	}
-	return r.image(), nil
+	return r.image(), record, nil
 }
 
 // check refuses the build for what the build checks find, where the Dockerfile asks for that.
@@ -321,7 +327,12 @@ func (w *walk) fromImage(ctx context.Context, s *dockerfile.Stage, r *stageRun) 
 }
 
 // image resolves an image once per build and platform.
-func (w *walk) image(ctx context.Context, name string, p ocispec.Platform) (*image.Image, error) {
+func (w *walk) image(ctx context.Context, name string, p ocispec.Platform) (img *image.Image, err error) {
+	defer func() {
+		if err == nil {
+			w.inputs.image(w.req, name, p, img)
+		}
+	}()
 	return w.bases.do(ctx, baseKey{name, platforms.FormatAll(p)}, func() (*image.Image, error) {
 		if n, ok := w.req.Named[name]; ok && n.Image != nil {
 			v := w.start("[context %s] load metadata for %s", name, n.Text)
@@ -365,9 +376,11 @@ func (w *walk) origin(ctx context.Context, ref dockerfile.Ref) (*layered, error)
 		return w.viewed(ctx, r.layers)
 	}
 	if ref.Name == "" {
+		w.inputs.context("")
 		return w.directory(ctx, w.req.Context, w.req.Root)
 	}
 	if n, ok := w.req.Named[ref.Name]; ok && n.Image == nil {
+		w.inputs.context(ref.Name)
 		return w.directory(ctx, n.FS, n.Root)
 	}
 	if ref.Name == "scratch" {

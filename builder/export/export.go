@@ -6,7 +6,7 @@
 // come last. Paths of an image never leave the directory they are written to.
 //
 // Start at [Write]. output.go reads -o, annotation.go --annotation, layout.go writes oci and docker,
-// local.go and tar.go write file systems, push.go sends to registries.
+// local.go and tar.go write file systems, push.go sends to registries, attestation.go adds what is stated about them.
 package export
 
 import (
@@ -21,6 +21,7 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"golang.org/x/sync/errgroup"
 
+	"filo/builder/attest"
 	"filo/builder/image"
 	"filo/layer"
 	"filo/layer/registry"
@@ -44,6 +45,10 @@ type Result struct {
 	Names      []string            // from -t; the attribute name= comes before
 	Index      bool                // write an index even for one platform
 	Epoch      *int64              // times of files in local and tar output are clamped to it
+
+	// Attest says what is stated about an image, given the layers of its manifest; outputs of files have none. nil states
+	// nothing.
+	Attest func(n int, layers []ocispec.Descriptor) ([]attest.Statement, error)
 }
 
 // Exported says what was written.
@@ -136,7 +141,9 @@ func exported(kind string, p plan, root ocispec.Descriptor, g *image.Graph) Expo
 		return x
 	}
 	for _, m := range g.Images {
-		x.Manifests = append(x.Manifests, m.Descriptor)
+		if !m.Attestation {
+			x.Manifests = append(x.Manifests, m.Descriptor)
+		}
 	}
 	return x
 }
@@ -166,9 +173,13 @@ func (e Exporter) root(ctx context.Context, p plan, r Result) (ocispec.Descripto
 	if err != nil {
 		return ocispec.Descriptor{}, err
 	}
+	stated, err := e.attestations(ctx, p, r, manifests)
+	if err != nil {
+		return ocispec.Descriptor{}, err
+	}
 	root := manifests[0]
-	if len(r.Images) > 1 || r.Index {
-		root, err = image.WriteIndex(ctx, e.Store, manifests, p.annotations.index)
+	if len(r.Images) > 1 || r.Index || len(stated) > 0 {
+		root, err = image.WriteIndex(ctx, e.Store, append(manifests, stated...), p.annotations.index)
 		if err != nil {
 			return root, err
 		}

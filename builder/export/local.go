@@ -84,13 +84,17 @@ func (e Exporter) local(ctx context.Context, o Output, p plan, r Result) error {
 	if err != nil {
 		return err
 	}
+	documents, err := e.documents(ctx, p, r, parts)
+	if err != nil {
+		return err
+	}
 	done := e.begin("copying files to " + o.Dest)
-	err = e.localParts(ctx, o.Dest, p, r, parts)
+	err = e.localParts(ctx, o.Dest, p, r, parts, documents)
 	done(err)
 	return err
 }
 
-func (e Exporter) localParts(ctx context.Context, dest string, p plan, r Result, parts []part) error {
+func (e Exporter) localParts(ctx context.Context, dest string, p plan, r Result, parts []part, documents [][]document) error {
 	if err := os.MkdirAll(dest, 0o755); err != nil {
 		return err
 	}
@@ -104,6 +108,11 @@ func (e Exporter) localParts(ctx context.Context, dest string, p plan, r Result,
 		w.view, w.links, w.alone = part.view, map[string]string{}, i == 0 || part.dir != "."
 		if err := w.part(ctx, part); err != nil {
 			return err
+		}
+		for _, d := range documents[i] {
+			if err := w.document(part.dir, d, r.documentEntry(d)); err != nil {
+				return fmt.Errorf("export %s: %w", d.name, err)
+			}
 		}
 	}
 	if p.remove {
@@ -369,6 +378,28 @@ func (w *localWriter) temp(d *rootfs.Dir) (string, error) {
 			return "", err
 		}
 	}
+}
+
+// document writes a file that is not of the view.
+func (w *localWriter) document(dir string, doc document, entry *layer.Entry) error {
+	out := path.Join(dir, doc.name)
+	if w.kept[out] {
+		return taken(out)
+	}
+	w.kept[out] = true
+	d, err := w.root.Dir(dir)
+	if err != nil {
+		return err
+	}
+	defer d.Close()
+	return w.place(d, doc.name, entry, func(tmp string) error {
+		f, err := d.Create(tmp, 0o600)
+		if err != nil {
+			return err
+		}
+		_, err = f.Write(doc.data)
+		return errors.Join(err, f.Close())
+	})
 }
 
 // attributes sets extended attributes, mode and time. As with other builders files belong to the caller, root or not.

@@ -23,6 +23,7 @@ type Output struct {
 	Dest   string            // file or directory; "" or "-": Stdout, as far as the type allows it
 	Attrs  map[string]string // all others
 	Stdout io.Writer         // of the caller's choice; nil refuses output to stdout, as is right for a terminal
+	Index  bool              // there is an index even for one platform
 }
 
 // The attributes of each type. A type has those of "image content" as well if it holds an image.
@@ -132,7 +133,7 @@ func (o Output) Check(names []string, platforms int) error {
 		return fmt.Errorf("output type=%s: neither push nor store, nothing would come of it", o.Type)
 	case p.push && len(p.names) == 0:
 		return errors.New("tag is needed when pushing to registry")
-	case platforms == 1 && (len(p.annotations.index) > 0 || len(p.annotations.indexDescriptor) > 0):
+	case platforms == 1 && !o.Index && (len(p.annotations.index) > 0 || len(p.annotations.indexDescriptor) > 0):
 		return errors.New("index annotations not supported for single platform export")
 	case o.toStdout() && o.Stdout == nil:
 		return fmt.Errorf("output type=%s: dest is required, refusing to write to the terminal", o.Type)
@@ -192,6 +193,11 @@ type plan struct {
 	remove                   bool
 	src                      string
 	old                      bool // compatibility-version before 30
+
+	inline         bool   // attestations that are only for images are for this output
+	imageShaped    bool   // oci-artifact=false: attestations are shaped like images
+	noAttestations bool   // the format has no place for them
+	prefix         string // local, tar: of the names of attestations
 }
 
 // plan reads the attributes. Names are only used if there is no attribute name.
@@ -200,6 +206,9 @@ func (o Output) plan(names []string) (plan, error) {
 		asTar: true,
 		push:  o.Type == "registry",
 		store: o.Type == "image" || o.Type == "docker" && o.Dest == "",
+
+		inline:         o.Type == "image" || o.Type == "registry",
+		noAttestations: o.Type == "docker",
 	}
 	for _, k := range slices.Sorted(maps.Keys(o.Attrs)) {
 		if err := p.attr(k, o.Attrs[k]); err != nil {
@@ -267,7 +276,13 @@ func (p *plan) attr(k, v string) error {
 		return nil
 	case "compatibility-version":
 		return p.setVersion(v)
-	case "attestation-prefix", "source-date-epoch", "context":
+	case "attestation-prefix":
+		if strings.ContainsAny(v, "/\x00") {
+			return fmt.Errorf("attestation-prefix=%s: want the beginning of a file name", v)
+		}
+		p.prefix = v
+		return nil
+	case "source-date-epoch", "context":
 		return fmt.Errorf("%s is not supported%s", k, instead[k])
 	}
 	if isAnnotation(k) {
@@ -289,9 +304,8 @@ func (p *plan) setVersion(v string) error {
 
 // instead says what to do about attributes of BuildKit's that make no sense here.
 var instead = map[string]string{
-	"source-date-epoch":  ": set SOURCE_DATE_EPOCH",
-	"context":            ": images are loaded into filo's own store",
-	"attestation-prefix": ": there are no attestations in this output",
+	"source-date-epoch": ": set SOURCE_DATE_EPOCH",
+	"context":           ": images are loaded into filo's own store",
 }
 
 // flag understands an attribute that is true or false.
@@ -325,7 +339,11 @@ func (p *plan) flag(k, v string) error {
 		p.write.Force, p.changes = b, k
 	case "oci-mediatypes":
 		p.write.DockerTypes, p.changes = !b, k
-	case "unpack", "prefer-nondist-layers", "oci-artifact", "attestation-inline":
+	case "oci-artifact":
+		p.imageShaped = !b
+	case "attestation-inline":
+		p.inline = b
+	case "unpack", "prefer-nondist-layers":
 		if b {
 			return fmt.Errorf("%s is not supported", k)
 		}

@@ -20,6 +20,7 @@ type member struct {
 	at    string // in the view
 	view  *layer.View
 	entry *layer.Entry
+	data  []byte // of what is not from a view
 }
 
 // tar writes root file systems as one tar, in canonical order.
@@ -30,6 +31,13 @@ func (e Exporter) tar(ctx context.Context, o Output, p plan, r Result) error {
 	}
 	members, err := listing(parts)
 	if err != nil {
+		return err
+	}
+	documents, err := e.documents(ctx, p, r, parts)
+	if err != nil {
+		return err
+	}
+	if members, err = withDocuments(members, parts, documents, r); err != nil {
 		return err
 	}
 	done := e.begin("sending tarball")
@@ -64,6 +72,27 @@ func listing(parts []part) ([]member, error) {
 		}
 	}
 	return merged, nil
+}
+
+// withDocuments adds the attestations of each part.
+func withDocuments(members []member, parts []part, documents [][]document, r Result) ([]member, error) {
+	added := 0
+	for i, list := range documents {
+		for _, d := range list {
+			members = append(members, member{out: path.Join(parts[i].dir, d.name), entry: r.documentEntry(d), data: d.data})
+			added++
+		}
+	}
+	if added == 0 {
+		return members, nil
+	}
+	slices.SortStableFunc(members, func(a, b member) int { return canonical(a.out, b.out) })
+	for i := range members[1:] {
+		if members[i].out == members[i+1].out {
+			return nil, taken(members[i].out)
+		}
+	}
+	return members, nil
 }
 
 func (p part) list(from, to string, all *[]member) error {
@@ -124,6 +153,14 @@ func (m member) write(t *tar.Writer, links map[string]string, epoch *int64) erro
 	h := m.header(epoch)
 	if m.entry.Type != layer.Regular {
 		return t.WriteHeader(h)
+	}
+	if m.view == nil {
+		h.Size = m.entry.Size
+		err := t.WriteHeader(h)
+		if err == nil {
+			_, err = t.Write(m.data)
+		}
+		return err
 	}
 	// Platforms are separate file systems even where they share a layer.
 	inode := fmt.Sprintf("%p %s", m.view, m.view.Inode(m.at))

@@ -38,6 +38,7 @@ type wanted struct {
 type fetchedRepo struct {
 	fs       *dirFS
 	identity string
+	commit   string
 	time     int64 // of the commit
 	close    func() error
 }
@@ -62,7 +63,7 @@ func openGit(ctx context.Context, g *dfgitutil.GitRef, o Options) (*Source, erro
 	if err != nil {
 		return nil, fmt.Errorf("open context %s: %w", redact(g.Remote), err)
 	}
-	return &Source{FS: r.fs, Identity: r.identity, Modified: &r.time, Close: r.close}, nil
+	return &Source{FS: r.fs, Identity: r.identity, Commit: r.commit, Modified: &r.time, Close: r.close}, nil
 }
 
 // fetchGit fetches a git repository for ADD.
@@ -81,7 +82,7 @@ func fetchGit(ctx context.Context, g *dfgitutil.GitRef, checksum string, keepGit
 	if err != nil {
 		return Fetched{}, fmt.Errorf("fetch %s: %w", redact(g.Remote), err)
 	}
-	return Fetched{FS: r.fs, Identity: r.identity, Modified: &r.time, Close: r.close}, nil
+	return Fetched{FS: r.fs, Identity: r.identity, Commit: r.commit, Modified: &r.time, Close: r.close}, nil
 }
 
 // want checks what a git URL and the flag checksum ask for. The program git gets every part of it as an argument.
@@ -373,7 +374,7 @@ func (r *repo) open(ctx context.Context, temp string, at point, c commit) (*fetc
 	if err != nil {
 		return nil, err
 	}
-	return &fetchedRepo{fs: d, identity: r.identity(at, c.id), time: c.sec, close: removing(temp, d.Close)}, nil
+	return &fetchedRepo{fs: d, identity: r.identity(at, c.id), commit: c.id, time: c.sec, close: removing(temp, d.Close)}, nil
 }
 
 // gitFile reports a file as git means it: root's, and with the modes that the umask 022 gives.

@@ -39,6 +39,7 @@ type Source struct {
 	Dockerfile []byte // what was read, if it was a lone Dockerfile; nil otherwise
 	Local      bool   // a local directory: ignore files apply
 	Identity   string // of what was fetched: digest of the bytes, or commit with what was taken of it; "" for Local
+	Commit     string // of a git repository; "" for everything else
 	Modified   *int64 // when the content is from, seconds since 1970: Last-Modified, commit time, newest file of a tar; nil if unknown
 	Close      func() error
 }
@@ -48,6 +49,7 @@ type Fetched struct {
 	FS       fs.FS
 	Name     string // base name of the one file in FS; "" for a tree
 	Identity string // digest of the bytes, or commit with what was taken of it
+	Commit   string // of a git repository; "" for everything else
 	Modified *int64 // Last-Modified or commit time, seconds since 1970; nil if unknown
 	Close    func() error
 }

@@ -12,6 +12,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"filo/builder"
+	"filo/builder/attest"
 	"filo/builder/export"
 	"filo/cmd/filo/progress"
 )
@@ -61,7 +62,14 @@ func (a *app) runBuild(cmd *cobra.Command, f *buildFlags, ref string) error {
 	if err != nil {
 		return wrong(err)
 	}
-	outputs, err := f.results.parse(len(req.Platforms), a.data())
+	wanted, err := attest.Parse(f.results.attest, f.results.provenance, f.results.sbom)
+	if err == nil && wanted.SBOM != nil {
+		err = errors.New("--sbom is not supported yet; leave it out or say --sbom=false")
+	}
+	if err != nil {
+		return wrong(err)
+	}
+	outputs, err := f.results.parse(len(req.Platforms), req.MultiPlatform || wanted.Provenance != nil, a.data())
 	if err != nil {
 		return wrong(err)
 	}
@@ -93,7 +101,7 @@ func (a *app) runBuild(cmd *cobra.Command, f *buildFlags, ref string) error {
 		return wrong(err)
 	}
 	defer d.Close()
-	j := &job{app: a, state: s, flags: f, req: req, outputs: outputs, display: d, caches: caches, begin: a.now()}
+	j := &job{app: a, state: s, flags: f, req: req, outputs: outputs, wanted: wanted, display: d, caches: caches, begin: a.now()}
 	if err := j.read(cmd.Context(), ref); err != nil {
 		return err
 	}
@@ -146,6 +154,8 @@ type job struct {
 	req      builder.Request
 	outputs  []export.Output
 	caches   cacheSpecs
+	wanted   attest.Wanted
+	origin   origin
 	display  *progress.Display
 	begin    time.Time
 	tasks    atomic.Int32 // of ours in the display
@@ -183,7 +193,7 @@ func (j *job) build(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	if err := j.writeFiles(exported, result.Warnings); err != nil {
+	if err := j.writeFiles(exported, result); err != nil {
 		return err
 	}
 	err = shared.Export(ctx, madeOf(result))

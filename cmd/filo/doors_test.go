@@ -26,6 +26,7 @@ var floors = map[string]int{
 	"cache/remote":      3,
 	"builder/image":     2,
 	"cache":             2,
+	"builder/attest":    1,
 	"builder/source":    1,
 	"layer":             1,
 	"builder/sandbox":   0,

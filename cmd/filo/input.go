@@ -36,12 +36,16 @@ func (j *job) read(ctx context.Context, ref string) error {
 		return err
 	}
 	j.closers = append(j.closers, src.Close)
+	file := j.flags.what.file
 	d, err := j.readDockerfile(ctx, src, ref, o)
 	if err != nil {
 		return err
 	}
 	j.req.File, j.req.FileName = d.text, path.Base(d.name)
 	j.req.Context, j.req.Root, j.req.Modified = src.FS, src.Root, src.Modified
+	j.origin.file = d.name
+	j.origin.here = src.Local || ref == "-" || d.path != "" || file == "-" || source.IsURL(file)
+	j.origin.opened("", ref, src)
 	if src.Local {
 		if j.req.Context, err = j.ignore(src.FS, d); err != nil {
 			return err
@@ -52,7 +56,7 @@ func (j *job) read(ctx context.Context, ref string) error {
 	}
 	j.req.Open = func(ctx context.Context, url, checksum string, keepGit *bool) (builder.Fetched, error) {
 		f, err := source.Fetch(ctx, url, checksum, keepGit, o)
-		return builder.Fetched{FS: f.FS, Name: f.Name, Identity: f.Identity, Modified: f.Modified, Close: f.Close}, err
+		return builder.Fetched{FS: f.FS, Name: f.Name, Identity: f.Identity, Commit: f.Commit, Modified: f.Modified, Close: f.Close}, err
 	}
 	return j.readNamed(ctx, o)
 }

@@ -175,6 +175,7 @@ func (l *ociLayout) promise(ctx context.Context, d ocispec.Descriptor) error {
 				break
 			}
 			blob := m.Layers[i]
+			blob.Annotations = layer.ManifestAnnotations(blob)
 			l.store.Promise(layer.Layer{DiffID: diffID}, blob, func(context.Context) (io.ReadCloser, error) { return l.open(blob.Digest) })
 		}
 	}

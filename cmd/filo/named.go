@@ -56,6 +56,7 @@ func (j *job) openNamed(ctx context.Context, name, value string, o source.Option
 			return builder.Named{}, err
 		}
 	}
+	j.origin.opened(name, value, src)
 	return builder.Named{FS: fsys, Root: src.Root, Modified: src.Modified, Text: value}, nil
 }
 

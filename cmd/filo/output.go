@@ -18,9 +18,9 @@ import (
 	"filo/dockerfile"
 )
 
-// parse turns -o, --push, --load, -t and --annotation into the outputs of a build for so many platforms. stdout is
-// where an output without a file goes; nil refuses one.
-func (f *resultFlags) parse(platforms int, stdout io.Writer) ([]export.Output, error) {
+// parse turns -o, --push, --load, -t and --annotation into the outputs of a build for so many platforms; index says that
+// there is an index even for one. stdout is where an output without a file goes; nil refuses one.
+func (f *resultFlags) parse(platforms int, index bool, stdout io.Writer) ([]export.Output, error) {
 	names, err := f.names()
 	if err != nil {
 		return nil, err
@@ -45,7 +45,7 @@ func (f *resultFlags) parse(platforms int, stdout io.Writer) ([]export.Output, e
 		if err := f.annotate(o); err != nil {
 			return nil, err
 		}
-		o.Stdout = stdout
+		o.Stdout, o.Index = stdout, index
 		if err := o.Check(names, max(platforms, 1)); err != nil {
 			return nil, err
 		}
@@ -113,7 +113,7 @@ func (j *job) export(ctx context.Context, r builder.Result) ([]export.Exported, 
 	if err != nil {
 		return nil, err
 	}
-	res := export.Result{Images: r.Images, Names: names, Index: j.req.MultiPlatform, Epoch: j.req.Epoch}
+	res := export.Result{Images: r.Images, Names: names, Index: j.req.MultiPlatform, Epoch: r.Epoch, Attest: j.statements(r)}
 	var all []export.Exported
 	for _, o := range j.outputs {
 		err := j.task(titles[o.Type], func(say func(string)) error {
@@ -164,7 +164,7 @@ func took(d time.Duration) string {
 }
 
 // writeFiles writes --iidfile and --metadata-file and prints the image ID if that is all that was asked for.
-func (j *job) writeFiles(all []export.Exported, found []dockerfile.Warning) error {
+func (j *job) writeFiles(all []export.Exported, r builder.Result) error {
 	id, metadata := "", map[string]any{}
 	for _, x := range all {
 		if id == "" && x.Descriptor.Digest != "" {
@@ -173,7 +173,10 @@ func (j *job) writeFiles(all []export.Exported, found []dockerfile.Warning) erro
 		maps.Copy(metadata, x.Metadata())
 	}
 	if v, _ := j.env("BUILDX_METADATA_WARNINGS"); truthy(v) {
-		metadata["buildx.build.warnings"] = j.metadataWarnings(found)
+		metadata["buildx.build.warnings"] = j.metadataWarnings(r.Warnings)
+	}
+	if err := j.metadataProvenance(metadata, r); err != nil {
+		return err
 	}
 	if f := j.flags.results.iidfile; f != "" && id != "" {
 		if err := writeFile(f, []byte(id)); err != nil {
@@ -248,7 +251,8 @@ func layersOf(g *image.Graph) string {
 		size += l.Size
 	}
 	text := fmt.Sprintf("%s of %s", count(len(g.Images[0].Layers), "layer"), units.HumanSize(float64(size)))
-	if n := len(g.Images); n > 1 {
+	n := len(slices.DeleteFunc(slices.Clone(g.Images), func(m image.Member) bool { return m.Attestation }))
+	if n > 1 {
 		text = fmt.Sprintf("%d platforms, the first with %s", n, text)
 	}
 	return text

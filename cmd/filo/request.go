@@ -1,7 +1,6 @@
 package main
 
 import (
-	"errors"
 	"fmt"
 	"net/netip"
 	"slices"
@@ -11,7 +10,6 @@ import (
 	"github.com/containerd/platforms"
 	"github.com/docker/go-units"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
-	"github.com/tonistiigi/go-csvvalue"
 
 	"filo/builder"
 	"filo/builder/sandbox"
@@ -23,9 +21,6 @@ type lookup func(name string) (string, bool)
 
 // request turns flags into a request: all of it but the files, which are not opened here.
 func (f *buildFlags) request(env lookup) (builder.Request, error) {
-	if err := f.unsupported(); err != nil {
-		return builder.Request{}, err
-	}
 	var req builder.Request
 	for _, set := range []func(*builder.Request, lookup) error{f.what.apply, f.steps.apply, f.results.apply} {
 		if err := set(&req, env); err != nil {
@@ -35,32 +30,6 @@ func (f *buildFlags) request(env lookup) (builder.Request, error) {
 	limits, err := f.limits.limits()
 	req.Limits = limits
 	return req, err
-}
-
-// unsupported refuses what filo cannot do yet.
-func (f *buildFlags) unsupported() error {
-	switch {
-	case wanted(f.results.provenance):
-		return errors.New("--provenance is not supported yet; leave it out or say --provenance=false")
-	case wanted(f.results.sbom):
-		return errors.New("--sbom is not supported yet; leave it out or say --sbom=false")
-	}
-	for _, a := range f.results.attest {
-		fields, err := csvvalue.Fields(a, nil)
-		if err != nil {
-			return fmt.Errorf("--attest %q: %w", a, err)
-		}
-		if !slices.Contains(fields, "disabled=true") {
-			return fmt.Errorf("--attest %s is not supported yet", a)
-		}
-	}
-	return nil
-}
-
-// wanted reports whether the value of --provenance or --sbom asks for anything.
-func wanted(v string) bool {
-	b, err := strconv.ParseBool(v)
-	return v != "" && (err != nil || b)
 }
 
 func (f *whatFlags) apply(req *builder.Request, env lookup) (err error) {

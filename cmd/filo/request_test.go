@@ -103,10 +103,6 @@ func TestRequestRefuses(t *testing.T) {
 		{"--ssh=a=/etc/passwd", "ssh"},
 		{"--tag=x/UPPER", "lowercase"},
 		{"--tag=a@sha256:" + strings.Repeat("0", 64), "digest"},
-		{"--provenance", "not supported"},
-		{"--provenance=mode=max", "not supported"},
-		{"--sbom=true", "not supported"},
-		{"--attest=type=sbom", "not supported"},
 		{"--build-context=k", "NAME=VALUE"},
 	}
 	for _, tt := range tests {
@@ -186,7 +182,7 @@ func TestOutputs(t *testing.T) {
 	}
 	for _, tt := range tests {
 		f := parseFlags(t, tt.args...)
-		all, err := f.results.parse(1, io.Discard)
+		all, err := f.results.parse(1, false, io.Discard)
 		if err != nil {
 			t.Errorf("%q: %v", tt.args, err)
 			continue
@@ -205,7 +201,7 @@ func TestOutputs(t *testing.T) {
 			t.Errorf("%q: outputs %q, want %q", tt.args, got, tt.want)
 		}
 	}
-	if _, err := parseFlags(t, "--push").results.parse(1, io.Discard); err == nil || !strings.Contains(err.Error(), "tag is needed") {
+	if _, err := parseFlags(t, "--push").results.parse(1, false, io.Discard); err == nil || !strings.Contains(err.Error(), "tag is needed") {
 		t.Errorf("--push without a tag: %v", err)
 	}
 }
@@ -276,7 +272,7 @@ func TestRequestIsWhole(t *testing.T) {
 	}
 	fs := pflag.NewFlagSet("build", pflag.ContinueOnError)
 	(&buildFlags{}).register(fs)
-	readElsewhere := []string{"keep-storage", "cache-from", "cache-to", "file", "build-context", "call", "check", "tag", "output", "push", "load", "annotation", "iidfile", "metadata-file", "jobs", "explain", "progress", "timings", "trace", "quiet"}
+	readElsewhere := []string{"attest", "provenance", "sbom", "keep-storage", "cache-from", "cache-to", "file", "build-context", "call", "check", "tag", "output", "push", "load", "annotation", "iidfile", "metadata-file", "jobs", "explain", "progress", "timings", "trace", "quiet"}
 	fs.VisitAll(func(flag *pflag.Flag) {
 		v, ok := values[flag.Name]
 		if !ok {

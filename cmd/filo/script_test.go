@@ -67,6 +67,7 @@ func TestScripts(t *testing.T) {
 		},
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
 			"status": cmdStatus, "ls": cmdLs, "config": cmdConfig, "manifest": cmdManifest, "valid": cmdValid, "same": cmdSame,
+			"attested": cmdAttested,
 		},
 	})
 }
@@ -262,6 +263,50 @@ func cmdValid(ts *testscript.TestScript, _ bool, args []string) {
 	for _, dir := range args {
 		for _, img := range images(ts, dir) {
 			ts.Check(validate.Image(img))
+		}
+	}
+}
+
+// cmdAttested prints the platforms of the index in a layout, and the attestation manifests and statements beside its
+// images, having checked that each speaks about an image that is there.
+func cmdAttested(ts *testscript.TestScript, _ bool, args []string) {
+	outer, err := layout.ImageIndexFromPath(ts.MkAbs(args[0]))
+	ts.Check(err)
+	m, err := outer.IndexManifest()
+	ts.Check(err)
+	idx, err := outer.ImageIndex(m.Manifests[0].Digest)
+	ts.Check(err)
+	m, err = idx.IndexManifest()
+	ts.Check(err)
+	there := map[string]bool{}
+	fmt.Fprint(ts.Stdout(), "platforms")
+	for _, d := range m.Manifests {
+		fmt.Fprint(ts.Stdout(), " ", d.Platform)
+		about := d.Annotations["vnd.docker.reference.digest"]
+		if about == "" {
+			there[d.Digest.String()] = true
+		} else if !there[about] || d.Annotations["vnd.docker.reference.type"] != "attestation-manifest" {
+			ts.Fatalf("%s speaks about %q, which is not before it", d.Digest, about)
+		}
+	}
+	fmt.Fprintln(ts.Stdout())
+	for _, d := range m.Manifests {
+		if there[d.Digest.String()] {
+			continue
+		}
+		img, err := idx.Image(d.Digest)
+		ts.Check(err)
+		raw, err := img.RawManifest()
+		ts.Check(err)
+		fmt.Fprintf(ts.Stdout(), "%s\n", raw)
+		layers, err := img.Layers()
+		ts.Check(err)
+		for _, l := range layers {
+			r, err := l.Compressed() // which is what it is
+			ts.Check(err)
+			_, err = io.Copy(ts.Stdout(), r)
+			ts.Check(err)
+			fmt.Fprintln(ts.Stdout())
 		}
 	}
 }

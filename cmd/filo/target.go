@@ -50,6 +50,7 @@ func (j *job) targetContext(name, value string) (builder.Named, error) {
 		if err != nil {
 			return nil, fmt.Errorf("%s: %w", value, err)
 		}
+		j.origin.nest(r.Records[0])
 		return r.Images[0], nil
 	}}, nil
 }

@@ -1,0 +1,157 @@
+package main
+
+import (
+	"crypto/rand"
+	"fmt"
+	"path"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/containerd/platforms"
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"filo/builder"
+	"filo/builder/attest"
+	"filo/builder/image"
+	"filo/builder/source"
+)
+
+// origin is where the inputs of a build are from, for its provenance.
+type origin struct {
+	file     string // the Dockerfile
+	here     bool   // and it is no file of a remote context
+	contexts map[string]attest.Context
+
+	invocation string // names the build and no other
+	finished   time.Time
+
+	mu     sync.Mutex
+	nested []attest.Record // of stages that are contexts of this build
+}
+
+// opened notes what the context of a name is; "" is the main one.
+func (o *origin) opened(name, ref string, src *source.Source) {
+	if o.contexts == nil {
+		o.contexts = map[string]attest.Context{}
+	}
+	c := attest.Context{Local: src.Local || ref == "-"}
+	if !c.Local {
+		c.Fetched = attest.Fetched{URL: ref, Commit: src.Commit}
+		if src.Commit == "" {
+			c.Fetched.Digest = digest.Digest(src.Identity)
+		}
+	}
+	o.contexts[name] = c
+}
+
+// nest adds what went into another image that this build reads.
+func (o *origin) nest(r attest.Record) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.nested = append(o.nested, r)
+}
+
+// statements returns what is stated about each image; nil if nothing is wanted.
+func (j *job) statements(r builder.Result) func(int, []ocispec.Descriptor) ([]attest.Statement, error) {
+	if j.wanted.Provenance == nil {
+		return nil
+	}
+	b := j.provenance(*j.wanted.Provenance, r)
+	return func(n int, layers []ocispec.Descriptor) ([]attest.Statement, error) {
+		s, err := b.Provenance(j.record(r, n), layers)
+		return []attest.Statement{s}, err
+	}
+}
+
+// record is what went into an image.
+func (j *job) record(r builder.Result, n int) attest.Record {
+	rec := r.Records[n]
+	for _, o := range j.origin.nested {
+		rec = rec.With(o)
+	}
+	return rec
+}
+
+// provenance is what is known of the build as a whole. Where times are pinned nothing of it differs from one machine or
+// day to the next.
+func (j *job) provenance(o attest.Options, r builder.Result) attest.Build {
+	b := attest.Build{
+		Options: o, Version: version(), Platform: platforms.Format(platforms.Normalize(platforms.DefaultSpec())),
+		Network: j.req.Network, Args: j.requested(), Contexts: j.origin.contexts,
+		File: j.req.FileName, Dockerfile: j.req.File, Here: j.origin.here,
+	}
+	if !b.Here {
+		b.File = path.Clean(j.origin.file)
+	}
+	if r.Epoch != nil {
+		return b
+	}
+	if j.origin.invocation == "" {
+		j.origin.invocation, j.origin.finished = strings.ToLower(rand.Text()), j.now().UTC()
+	}
+	begin := j.begin.UTC()
+	b.Invocation, b.Started, b.Finished = j.origin.invocation, &begin, &j.origin.finished
+	return b
+}
+
+// requested is the request as BuildKit names its parts.
+func (j *job) requested() map[string]string {
+	out := map[string]string{}
+	for k, v := range j.req.Args {
+		out["build-arg:"+k] = v
+	}
+	for k, v := range j.req.Labels {
+		out["label:"+k] = v
+	}
+	for _, c := range j.flags.what.contexts {
+		name, value, _ := strings.Cut(c, "=")
+		if j.origin.contexts[name].Local {
+			value = "local:" + name // where it lies on this machine is nobody's business
+		} else if strings.HasPrefix(value, "oci-layout://") {
+			value = "oci-layout://" + path.Base(value)
+		}
+		out["context:"+name] = value
+	}
+	f := j.flags.steps
+	for k, v := range map[string]string{
+		"target": j.req.Target, "no-cache-filter": strings.Join(j.req.NoCacheFilter, ","), "add-hosts": strings.Join(f.hosts, ","),
+		"shm-size": f.shmSize, "ulimit": strings.Join(f.ulimits, ","),
+	} {
+		if v != "" {
+			out[k] = v
+		}
+	}
+	if f.network != "" && f.network != "default" {
+		out["force-network-mode"] = f.network
+	}
+	if f.noCache {
+		out["no-cache"] = ""
+	}
+	return out
+}
+
+// metadataProvenance puts the provenance into what --metadata-file gets, if there is any. As with buildx it is that of
+// mode=min, unless BUILDX_METADATA_PROVENANCE says max or disabled.
+func (j *job) metadataProvenance(metadata map[string]any, r builder.Result) error {
+	mode, _ := j.env("BUILDX_METADATA_PROVENANCE")
+	if j.wanted.Provenance == nil || mode == "disabled" || mode == "false" || j.flags.results.metadata == "" {
+		return nil
+	}
+	o := *j.wanted.Provenance
+	o.Max = o.Max && mode == "max"
+	b := j.provenance(o, r)
+	for n, img := range r.Images {
+		s, err := b.Provenance(j.record(r, n), nil)
+		if err != nil {
+			return err
+		}
+		key := "buildx.build.provenance"
+		if len(r.Images) > 1 {
+			key = fmt.Sprintf("%s/%s", key, platforms.Format(platforms.Normalize(image.Platform(img.Config))))
+		}
+		metadata[key] = s.Body
+	}
+	return nil
+}
