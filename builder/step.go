@@ -283,7 +283,7 @@ func (w *walk) verify(ctx context.Context, m memory, do func(context.Context, in
 func (w *walk) recall(key cache.Key) (memory, bool) {
 	rec, err := w.Cache.Get(key)
 	if err != nil {
-		if !errors.Is(err, fs.ErrNotExist) {
+		if !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, cache.ErrDamaged) {
 			w.warn("cache: %v", err)
 		}
 		return memory{}, false

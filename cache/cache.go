@@ -7,7 +7,7 @@
 // miss with a reason.
 //
 // On disk: steps/<hex of key>, one JSON object, see [Record]; files/<hex>, see [Files]. Both appear by rename and
-// need no fsync, since losing one costs only time.
+// need no fsync: losing one costs only time, and what a power cut leaves of one has not the digest that it says.
 //
 // Start at [Open].
 package cache
@@ -60,6 +60,8 @@ type Record struct {
 
 // Store is the cache in one state directory. It is safe for concurrent use, also by other processes.
 type Store struct {
+	Repaired func(what string) // told of what was damaged, once Open returned; nil tells nobody
+
 	dir  string
 	temp string
 	now  func() time.Time
@@ -87,13 +89,17 @@ func (s *Store) Get(k Key) (Record, error) {
 		return Record{}, err
 	}
 	var r Record
-	if err := json.Unmarshal(b, &r); err != nil {
-		return Record{}, fmt.Errorf("%w: %w", ErrDamaged, err)
-	}
-	if r.Check != r.check() || r.Layer.Validate() != nil {
+	if err := json.Unmarshal(b, &r); err != nil || r.Check != r.check() || r.Layer.Validate() != nil {
+		s.repaired("cache record " + digest.Digest(k).Encoded())
 		return Record{}, fmt.Errorf("%w: %s", ErrDamaged, s.path(k))
 	}
 	return r, nil
+}
+
+func (s *Store) repaired(what string) {
+	if s.Repaired != nil {
+		s.Repaired(what)
+	}
 }
 
 // Put remembers r under k, replacing what was there.

@@ -46,8 +46,9 @@ func (s *Store) Files(root string) *Files {
 	sum := sha256.Sum256([]byte(root))
 	f := &Files{s: s, path: filepath.Join(s.dir, "files", hex.EncodeToString(sum[:])), known: map[string]remembered{}}
 	b, err := os.ReadFile(f.path)
-	if err != nil || !f.decode(b) {
+	if err == nil && !f.decode(b) {
 		f.known = map[string]remembered{}
+		s.repaired("remembered digests of files in " + root)
 	}
 	return f
 }

@@ -18,10 +18,10 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
-// Blobs are not synced to disk before they are renamed: a build would wait
-// for the disk although most blobs never meet a power cut. Every reader
-// verifies size and digest instead; a blob that does not match is removed, and
-// made or fetched again when it is next needed.
+// Blobs are not synced to disk before they are renamed, only before an image
+// is named that needs them: see durable.go. Every reader verifies size and
+// digest; a blob that does not match is removed, and made or fetched again
+// when it is next needed.
 
 // promise is a blob of a layer that can be fetched.
 type promise struct {
@@ -136,14 +136,17 @@ func ociDescriptor(d ocispec.Descriptor, algorithm string) ocispec.Descriptor {
 // makeBlob compresses l from a stored or promised blob, or from its tree.
 func (s *Store) makeBlob(ctx context.Context, l Layer, c Compression) error {
 	if len(s.storedBlobs(l)) == 0 {
-		err := s.rebuildFromTree(ctx, l, Sinks{Blob: &c})
-		if err == nil {
+		if s.hasTree(l) && s.blobFromTree(ctx, l, c) == nil {
 			return nil
 		}
-		if len(s.promisesOf(l)) == 0 {
-			return err
+		promises := s.promisesOf(l)
+		if len(promises) == 0 {
+			if err := s.obtain(ctx, l, need{tree: true}); err != nil {
+				return err
+			}
+			return s.blobFromTree(ctx, l, c)
 		}
-		if err := s.obtain(ctx, l, need{blob: s.promisesOf(l)[0].desc.Digest}); err != nil {
+		if err := s.obtain(ctx, l, need{blob: promises[0].desc.Digest}); err != nil {
 			return err
 		}
 	}
@@ -158,15 +161,31 @@ func (s *Store) makeBlob(ctx context.Context, l Layer, c Compression) error {
 	return failed
 }
 
-func (s *Store) rebuildFromTree(ctx context.Context, l Layer, k Sinks) error {
-	if !s.hasTree(l) {
-		return errNotHere
-	}
+// blobFromTree compresses l from its tree. If that turns out to be damaged, it is removed.
+func (s *Store) blobFromTree(ctx context.Context, l Layer, c Compression) error {
 	x, err := s.index(ctx, l)
 	if err != nil {
 		return err
 	}
-	return s.rebuild(ctx, l, k, x, s.treePath(l))
+	err = s.rebuild(ctx, l, Sinks{Blob: &c}, x, s.treePath(l))
+	if errors.Is(err, errDamagedTree) || errors.Is(err, fs.ErrNotExist) {
+		s.repaired("tree of layer %s", l.DiffID)
+		err = errors.Join(err, s.loseTree(l))
+	}
+	return err
+}
+
+// loseTree removes the tree of l.
+func (s *Store) loseTree(l Layer) error {
+	dir, err := s.Temp("lost-")
+	if err != nil {
+		return err
+	}
+	s.mu.Lock()
+	delete(s.whole, l.DiffID)
+	s.mu.Unlock()
+	s.dropTree(l, dir)
+	return removeAll(dir)
 }
 
 func (s *Store) recompress(ctx context.Context, l Layer, d ocispec.Descriptor, c Compression) error {
@@ -241,28 +260,31 @@ func (s *Store) openStored(ctx context.Context, dgst digest.Digest) (io.ReadClos
 	}
 	s.used(path, info)
 	v := newVerifier(ctx, f, dgst, info.Size())
-	return &blobReader{Reader: v, file: f, path: path}, info.Size(), nil
+	return &blobReader{Reader: v, file: f, damaged: func() {
+		if os.Remove(path) == nil {
+			s.repaired("blob %s", dgst)
+		}
+	}}, info.Size(), nil
 }
 
 // blobReader removes its file if it turns out to be damaged.
 type blobReader struct {
 	io.Reader
-	file *os.File
-	path string
+	file    *os.File
+	damaged func()
 }
 
 func (b *blobReader) Read(p []byte) (int, error) {
 	n, err := b.Reader.Read(p)
 	if errors.Is(err, errMismatch) {
-		_ = os.Remove(b.path)
+		b.damaged()
 	}
 	return n, err
 }
 
 func (b *blobReader) Close() error { return b.file.Close() }
 
-// PutBlob stores a small blob, such as a manifest or config. It is on disk
-// when PutBlob returns.
+// PutBlob stores a small blob, such as a manifest or config.
 func (s *Store) PutBlob(ctx context.Context, mediaType string, data []byte) (ocispec.Descriptor, error) {
 	d := ocispec.Descriptor{MediaType: mediaType, Digest: digest.FromBytes(data), Size: int64(len(data))}
 	path := s.blobPath(d.Digest)
@@ -270,27 +292,10 @@ func (s *Store) PutBlob(ctx context.Context, mediaType string, data []byte) (oci
 		s.touch(path)
 		return d, nil
 	}
-	if err := s.putSynced(path, data); err != nil {
+	if err := s.putFile(path, data); err != nil {
 		return d, fmt.Errorf("store blob %s: %w", d.Digest, err)
 	}
 	return d, nil
-}
-
-// putSynced: tags point at manifests, and a tag must not outlive what it names.
-func (s *Store) putSynced(path string, data []byte) error {
-	f, err := os.CreateTemp(s.tmp, "blob-")
-	if err != nil {
-		return err
-	}
-	_, err = f.Write(data)
-	err = errors.Join(err, f.Chmod(0o644), f.Sync(), f.Close())
-	if err == nil {
-		err = os.Rename(f.Name(), path)
-	}
-	if err != nil {
-		os.Remove(f.Name())
-	}
-	return err
 }
 
 // ReadBlob returns a small stored blob, verified. If it is absent, or damaged
@@ -324,10 +329,7 @@ func (s *Store) blobPath(d digest.Digest) string {
 // storedBlobs lists the blobs of l that are here and as long as they should
 // be. A damaged list is an empty one.
 func (s *Store) storedBlobs(l Layer) []storedBlob {
-	return slices.DeleteFunc(s.readBlobs(l), func(b storedBlob) bool {
-		info, err := os.Lstat(s.blobPath(b.Descriptor.Digest))
-		return err != nil || info.Size() != b.Descriptor.Size || !s.sound(b.Descriptor.Digest, info)
-	})
+	return slices.DeleteFunc(s.readBlobs(l), func(b storedBlob) bool { return !s.hasBlob(b.Descriptor) })
 }
 
 func (s *Store) readBlobs(l Layer) []storedBlob {
@@ -336,17 +338,21 @@ func (s *Store) readBlobs(l Layer) []storedBlob {
 		return nil
 	}
 	var list []storedBlob
-	if json.Unmarshal(data, &list) != nil {
-		return nil
+	err = json.Unmarshal(data, &list)
+	valid := slices.DeleteFunc(list, func(b storedBlob) bool { return !b.valid() })
+	if err != nil || len(valid) < len(list) {
+		s.repaired("blob list of layer %s", l.DiffID)
 	}
-	return slices.DeleteFunc(list, func(b storedBlob) bool { return !b.valid() })
+	return valid
 }
 
 // putLayerBlob moves a finished file to its place and notes it as a blob of l.
 func (s *Store) putLayerBlob(ctx context.Context, l Layer, file string, b storedBlob) error {
-	s.stamp(file)
-	if err := os.Rename(file, s.blobPath(b.Descriptor.Digest)); err != nil {
-		return err
+	if !s.hasBlob(b.Descriptor) { // one that is there may have reached the disk already, where this one has not
+		s.stamp(file)
+		if err := os.Rename(file, s.blobPath(b.Descriptor.Digest)); err != nil {
+			return err
+		}
 	}
 	if err := s.noteTwin(ctx, b.Descriptor); err != nil {
 		return err
@@ -369,6 +375,12 @@ func (s *Store) noteTwin(ctx context.Context, d ocispec.Descriptor) error {
 	}
 	d.Annotations = ManifestAnnotations(d)
 	return s.noteBlob(ctx, twin, storedBlob{Algorithm: EStargz, Descriptor: d})
+}
+
+// hasBlob says whether the blob d is here and right.
+func (s *Store) hasBlob(d ocispec.Descriptor) bool {
+	info, err := os.Lstat(s.blobPath(d.Digest))
+	return err == nil && info.Size() == d.Size && s.sound(d.Digest, info)
 }
 
 // noteBlob notes a stored blob as one of l.

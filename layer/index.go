@@ -96,6 +96,9 @@ func (s *Store) cacheIndex(l Layer, x *index) {
 // errDamagedIndex.
 func (s *Store) loadIndex(l Layer) (*index, error) {
 	x, err := s.openIndex(filepath.Join(s.layerDir(l), "index"))
+	if errors.Is(err, errDamagedIndex) {
+		s.repaired("entry list of layer %s", l.DiffID)
+	}
 	if err != nil {
 		return nil, err
 	}

@@ -6,15 +6,14 @@
 // the digest of its tar, the diff ID. What is kept of it:
 //
 //	blobs/sha256/<hex>        the tar, compressed or not (and manifests and configs)
-//	layers/<hex>/index        the entries, sorted and searchable, for ever
-//	layers/<hex>/index.whole  that the index was found whole since the last boot
-//	layers/<hex>/tree         the layer unpacked as an overlay lower directory
-//	layers/<hex>/tree.json    under which boot and id map the tree was made
+//	layers/<hex>/index        the entries, searchable; .whole: found whole since the last boot
+//	layers/<hex>/tree         unpacked as an overlay lower directory; .json: by which boot and id map
 //	layers/<hex>/blobs        which blobs hold it: JSON, algorithm, level, descriptor
+//	index.json, index.copy    the images that there are, twice
 //	tmp/<process>, locks/     unfinished work and the files behind [Store.Lock]
 //
 // Everything appears by rename of a finished temporary; names are content
-// addressed, so that two processes that make the same thing do no harm.
+// addressed, so that two that make the same do no harm. On power cuts see durable.go.
 //
 // It never mounts, runs nothing, speaks to no network (a promised blob comes
 // from the caller's function) and knows neither Dockerfiles nor cache keys.
@@ -22,7 +21,8 @@
 // Start at [Open]. writer.go makes layers, unpack.go reads foreign ones,
 // blob.go holds the compressed side (estargz.go the seekable one), tree.go the unpacked one, index.go the
 // entry list, view.go stacks indexes, overlay.go and snapshot.go serve RUN,
-// storage.go does so without overlays, prune.go throws away.
+// storage.go does so without overlays, names.go keeps index.json, prune.go
+// throws away.
 package layer
 
 import (
@@ -82,12 +82,14 @@ type Store struct {
 	stubs    map[string]string           // directories of stubs, by what is in them
 
 	discards sync.WaitGroup // removals that go on
+	tell     func(what string)
 }
 
 // Options of [Open].
 type Options struct {
-	SingleID bool    // ownership can't be put on disk: EPERM from chown and mknod is ignored, the index keeps the truth
-	Storage  Storage // "" is StorageOverlay
+	SingleID bool              // ownership can't be put on disk: EPERM from chown and mknod is ignored, the index keeps the truth
+	Storage  Storage           // "" is StorageOverlay
+	Repaired func(what string) // told of what was damaged in the state directory and is done without or made again; nil tells nobody
 }
 
 const readme = `This directory belongs to filo, a builder of container images.
@@ -95,14 +97,15 @@ const readme = `This directory belongs to filo, a builder of container images.
 It is an OCI image layout: oci-layout, index.json and blobs/ can be read with
 any OCI tool. Beside it:
 
-  layers/   entry lists and unpacked trees of layers, by diff ID
-  steps/    what build steps made, by cache key
-  files/    digests of build context files, remembered by stat
-  mounts/   contents of RUN --mount=type=cache
-  sources/  fetched git and http sources
-  tmp/      unfinished work of running processes
-  locks/    files that processes lock to wait for one another
-  lock      held by every running filo
+  index.copy  index.json again, for when that is damaged
+  layers/     entry lists and unpacked trees of layers, by diff ID
+  steps/      what build steps made, by cache key
+  files/      digests of build context files, remembered by stat
+  mounts/     contents of RUN --mount=type=cache
+  sources/    fetched git and http sources
+  tmp/        unfinished work of running processes
+  locks/      files that processes lock to wait for one another
+  lock        held by every running filo
 
 All of it can be thrown away while no filo runs; builds then start afresh.
 `
@@ -115,7 +118,7 @@ func Open(dir string, o Options) (*Store, error) {
 		return nil, fmt.Errorf("open store: %w", err)
 	}
 	s := &Store{
-		dir: dir, single: o.SingleID,
+		dir: dir, single: o.SingleID, tell: o.Repaired,
 		indexes:  map[digest.Digest]*index{},
 		promises: map[digest.Digest][]promise{},
 		promised: map[digest.Digest]Layer{},
@@ -153,23 +156,27 @@ func (s *Store) makeLayout() error {
 	if err := s.makeTemp(); err != nil {
 		return err
 	}
-	for name, text := range map[string]string{
-		ocispec.ImageLayoutFile: `{"imageLayoutVersion":"1.0.0"}`,
-		"index.json":            `{"schemaVersion":2,"mediaType":"` + ocispec.MediaTypeImageIndex + `","manifests":[]}`,
-		"README":                readme,
-	} {
-		if err := s.putNew(name, text); err != nil {
+	for _, f := range []struct{ name, text string }{{ocispec.ImageLayoutFile, layoutText}, {"README", readme}} {
+		path := s.inDir(f.name)
+		if data, err := os.ReadFile(path); err == nil && string(data) == f.text {
+			continue
+		}
+		if err := s.putFile(path, []byte(f.text)); err != nil {
 			return err
 		}
 	}
-	return nil
+	return s.putNew(indexJSON, noImages)
 }
 
-// putNew writes a file of the layout unless it is there.
+const layoutText = `{"imageLayoutVersion":"1.0.0"}`
+
+// putNew writes a file of the layout unless it, or a copy of it, is there.
 func (s *Store) putNew(name, text string) error {
-	path := filepath.Join(s.dir, name)
-	if _, err := os.Lstat(path); err == nil {
-		return nil
+	path := s.inDir(name)
+	for _, there := range []string{path, s.inDir(indexCopy)} {
+		if _, err := os.Lstat(there); err == nil {
+			return nil
+		}
 	}
 	tmp := filepath.Join(s.tmp, name)
 	if err := os.WriteFile(tmp, []byte(text), 0o644); err != nil {
@@ -232,6 +239,13 @@ func sweep(tmp string) (entries int, bytes int64) {
 		f.Close()
 	}
 	return entries, bytes
+}
+
+// repaired tells of damage.
+func (s *Store) repaired(format string, args ...any) {
+	if s.tell != nil {
+		s.tell(fmt.Sprintf(format, args...))
+	}
 }
 
 // Dir is the state directory, absolute.

@@ -89,13 +89,9 @@ func (p *pruning) prune() error {
 
 // markTagged keeps the images of index.json.
 func (p *pruning) markTagged() error {
-	data, err := os.ReadFile(filepath.Join(p.s.dir, "index.json"))
+	tags, err := p.s.Names(p.ctx)
 	if err != nil {
 		return err
-	}
-	var tags ocispec.Index
-	if err := json.Unmarshal(data, &tags); err != nil {
-		return fmt.Errorf("read index.json: %w", err)
 	}
 	for _, d := range tags.Manifests {
 		if err := p.mark(d.Digest); err != nil {

@@ -2,6 +2,7 @@ package layer
 
 import (
 	"context"
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"hash/fnv"
@@ -90,48 +91,108 @@ func (b storedBlob) valid() bool {
 	return err == nil && checkDigest(b.Descriptor.Digest) == nil && b.Descriptor.MediaType == mediaType(b.Algorithm)
 }
 
-// checkTree compares types, sizes and times with the index: who writes to a file of a tree changes its time.
-func checkTree(ctx context.Context, dir string, x *index, plain bool) error {
-	root, err := rootfs.Open(dir)
+// treeCheck compares a tree with its index.
+type treeCheck struct {
+	dir    string
+	x      *index
+	plain  bool // see treeOrigin
+	single bool
+	deep   bool // read the files
+}
+
+// run compares types, sizes and times: who writes to a file of a tree changes its time. What a power cut takes shows only
+// in what the files hold, as sizes and times reach the disk before it; so after one, deep compares that.
+func (c *treeCheck) run(ctx context.Context) error {
+	root, err := rootfs.Open(c.dir)
 	if err != nil {
 		return err
 	}
 	defer root.Close()
 	g, ctx := errgroup.WithContext(ctx)
 	parts := runtime.GOMAXPROCS(0)
+	if c.deep {
+		parts *= 8 // of very different weight
+		g.SetLimit(runtime.GOMAXPROCS(0))
+	}
 	for i := range parts {
-		g.Go(func() error {
-			return checkEntries(ctx, root, x, x.len()*i/parts, x.len()*(i+1)/parts, plain)
-		})
+		g.Go(func() error { return c.entries(ctx, root, c.x.len()*i/parts, c.x.len()*(i+1)/parts) })
 	}
 	return g.Wait()
 }
 
-func checkEntries(ctx context.Context, root *rootfs.Root, x *index, from, to int, plain bool) error {
+func (c *treeCheck) entries(ctx context.Context, root *rootfs.Root, from, to int) error {
 	dirs, err := newDirStack(root)
 	if err != nil {
 		return err
 	}
 	defer dirs.close()
+	buf := []byte(nil)
+	if c.deep {
+		buf = make([]byte, copyBuffer)
+	}
 	for i := from; i < to; i++ {
 		if ctx.Err() != nil {
 			return context.Cause(ctx)
 		}
-		e, ok := x.entry(i)
-		if !ok || e.Type == Opaque || plain && e.Type == Whiteout {
+		e, ok := c.x.entry(i)
+		if !ok || e.Type == Opaque || c.plain && e.Type == Whiteout {
 			continue
 		}
 		parent, err := dirs.open(path.Dir(e.Path), false)
 		if err != nil {
 			return err
 		}
-		st, err := parent.Lstat(path.Base(e.Path))
-		if err != nil {
-			return err
+		if err := c.entry(parent, e, buf); err != nil {
+			return fmt.Errorf("%w: %s: %w", errDamagedTree, e.Path, err)
 		}
-		if !matches(e, st) || e.Type == Regular && keepsTime(e) && st.Sec != e.ModTime {
-			return fmt.Errorf("tree is damaged: %s", e.Path)
+	}
+	return nil
+}
+
+var (
+	errDamagedTree = errors.New("tree is damaged")
+	errDiffers     = errors.New("not as in the index")
+)
+
+func (c *treeCheck) entry(parent *rootfs.Dir, e Entry, buf []byte) error {
+	name := path.Base(e.Path)
+	st, err := parent.Lstat(name)
+	switch {
+	case err != nil:
+		return err
+	case !matches(e, st), e.Type == Regular && keepsTime(e) && st.Sec != e.ModTime:
+		return errDiffers
+	case !c.deep || e.Type == Whiteout:
+		return nil
+	case e.Type != Hardlink && !c.single && (st.UID != e.UID || st.GID != e.GID || e.Type != Symlink && st.Mode&0o7777 != e.Mode):
+		return errDiffers
+	}
+	switch e.Type {
+	case Regular:
+		return c.content(parent, name, e, buf)
+	case Symlink:
+		if to, err := parent.Readlink(name); err != nil || to != e.Link {
+			return errors.Join(errDiffers, err)
 		}
+	}
+	return nil
+}
+
+func (c *treeCheck) content(parent *rootfs.Dir, name string, e Entry, buf []byte) error {
+	if e.Size == 0 {
+		return nil
+	}
+	f, err := parent.OpenFile(name, os.O_RDONLY, 0)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	h := sha256.New()
+	if _, err := io.CopyBuffer(h, onlyReader{f}, buf); err != nil {
+		return err
+	}
+	if digest.NewDigest(digest.SHA256, h) != e.Digest {
+		return errDiffers
 	}
 	return nil
 }

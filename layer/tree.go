@@ -42,8 +42,8 @@ func (s *Store) treePath(l Layer) string { return filepath.Join(s.layerDir(l), "
 //
 // Trees are not synced to disk: they are big, and most are never needed after
 // a power cut. Instead a tree made before the last boot is compared with the
-// index once (files that had not reached the disk are short or missing). A
-// tree made under another id map has other owners than it should.
+// index once, file by file. A tree made under another id map has other owners
+// than it should.
 type treeOrigin struct {
 	Boot   string `json:"boot"`
 	IDs    string `json:"ids"`
@@ -81,7 +81,7 @@ func (s *Store) hasTree(l Layer) bool {
 			return false
 		}
 	}
-	if checkTree(context.Background(), s.treePath(l), x, made.Plain) != nil {
+	if (&treeCheck{dir: s.treePath(l), x: x, plain: made.Plain}).run(context.Background()) != nil {
 		return false
 	}
 	s.trustTree(l)
@@ -105,15 +105,22 @@ func (s *Store) readOrigin(l Layer) (treeOrigin, error) {
 }
 
 // adoptTree makes a tree of unknown state trusted if it is what x says.
-func (s *Store) adoptTree(l Layer, x *index) error {
+func (s *Store) adoptTree(ctx context.Context, l Layer, x *index) error {
 	made, err := s.readOrigin(l)
-	if err == nil && (made.IDs != s.origin.IDs || made.Single != s.origin.Single) {
-		return errors.New("tree has owners of another id map")
+	if err != nil {
+		made = treeOrigin{IDs: s.origin.IDs, Single: s.origin.Single} // its maker died, or the disk lost it: reading all tells
 	}
-	if made.Plain && !s.origin.Plain {
+	switch {
+	case made.IDs != s.origin.IDs || made.Single != s.origin.Single:
+		return errors.New("tree has owners of another id map")
+	case made.Plain && !s.origin.Plain:
 		return errors.New("tree does not say what the layer deletes")
 	}
-	if err := checkTree(context.Background(), s.treePath(l), x, made.Plain); err != nil {
+	check := treeCheck{dir: s.treePath(l), x: x, plain: made.Plain, single: s.single, deep: made.Boot == "" || made.Boot != s.origin.Boot}
+	if err := check.run(ctx); err != nil {
+		if _, gone := os.Lstat(s.treePath(l)); gone == nil && ctx.Err() == nil {
+			s.repaired("tree of layer %s", l.DiffID)
+		}
 		return err
 	}
 	return s.markTree(l)
@@ -209,7 +216,11 @@ func (s *Store) rebuild(ctx context.Context, l Layer, k Sinks, x *index, dir str
 	defer w.Abort()
 	w.expect = l.DiffID
 	for e := range x.all() {
-		if err := addFrom(w, dirs, e); err != nil {
+		err := addFrom(w, dirs, e)
+		if errors.Is(err, ErrChanged) { // that is for files of the build
+			err = fmt.Errorf("%w: %v", errDamagedTree, err)
+		}
+		if err != nil {
 			return err
 		}
 	}

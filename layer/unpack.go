@@ -19,6 +19,7 @@ import (
 
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"golang.org/x/sys/unix"
 )
 
 // need is what of a layer is wanted besides its index.
@@ -37,7 +38,7 @@ func (s *Store) obtain(ctx context.Context, l Layer, n need) error {
 	}
 	defer unlock()
 	x, _ := s.loadIndex(l)
-	if x != nil && n.into == "" && s.wantsTree(l, n) && s.adoptTree(l, x) == nil {
+	if x != nil && n.into == "" && s.wantsTree(l, n) && s.adoptTree(ctx, l, x) == nil {
 		n.tree = false
 	}
 	if s.fulfilled(l, n, x) {
@@ -48,13 +49,21 @@ func (s *Store) obtain(ctx context.Context, l Layer, n need) error {
 		return err
 	}
 	defer removeAll(dir)
-	if err := s.obtainFrom(ctx, l, n, x, dir); err != nil {
-		if ctx.Err() == nil && !s.Has(l) {
-			err = fmt.Errorf("%w: %w", ErrLost, err)
-		}
-		return fmt.Errorf("unpack layer %s: %w", l.DiffID, err)
+	err = s.obtainFrom(ctx, l, n, x, dir)
+	switch {
+	case err == nil:
+		return nil
+	case ctx.Err() != nil:
+		return context.Cause(ctx)
+	case !s.Has(l) && !noRoom(err):
+		err = fmt.Errorf("%w: %w", ErrLost, err)
 	}
-	return nil
+	return fmt.Errorf("unpack layer %s: %w", l.DiffID, err)
+}
+
+// noRoom says whether err is about the disk and not about what is on it.
+func noRoom(err error) bool {
+	return errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT) || errors.Is(err, unix.EROFS)
 }
 
 // wantsTree says whether a tree has to be made for n.
@@ -134,19 +143,27 @@ func (s *Store) origins(l Layer, n need) []origin {
 	var list []origin
 	if n.blob == "" {
 		for _, b := range s.storedBlobs(l) {
-			open := func(ctx context.Context) (io.ReadCloser, error) {
-				r, _, err := s.openStored(ctx, b.Descriptor.Digest)
-				return r, err
-			}
-			list = append(list, origin{promise{b.Descriptor, open}, true})
+			list = append(list, origin{promise{b.Descriptor, s.openIt(b.Descriptor.Digest)}, true})
 		}
 	}
 	for _, p := range s.promisesOf(l) {
-		if n.blob == "" || n.blob == p.desc.Digest {
-			list = append(list, origin{p, false})
+		if n.blob != "" && n.blob != p.desc.Digest {
+			continue
 		}
+		if s.hasBlob(p.desc) { // whatever list of it was lost
+			list = append(list, origin{promise{p.desc, s.openIt(p.desc.Digest)}, true})
+		}
+		list = append(list, origin{p, false})
 	}
 	return list
+}
+
+// openIt returns what opens a stored blob.
+func (s *Store) openIt(d digest.Digest) func(context.Context) (io.ReadCloser, error) {
+	return func(ctx context.Context) (io.ReadCloser, error) {
+		r, _, err := s.openStored(ctx, d)
+		return r, err
+	}
 }
 
 // obtainBlob reads one blob once: on the way it is stored, decompressed,
@@ -199,17 +216,18 @@ func (s *Store) putUnpacked(ctx context.Context, l Layer, n need, u *unpacking, 
 			return err
 		}
 	}
-	if u.blob != nil {
-		if err := errors.Join(u.blob.Chmod(0o644), u.blob.Close()); err != nil {
-			return err
-		}
-		if u.algorithm == Gzip && isEStargz(u.desc) {
-			u.algorithm = EStargz
-		}
-		b := storedBlob{Algorithm: u.algorithm, Descriptor: ociDescriptor(u.desc, u.algorithm)}
-		if err := s.putLayerBlob(ctx, l, u.blob.Name(), b); err != nil {
-			return err
-		}
+	if u.algorithm == Gzip && isEStargz(u.desc) {
+		u.algorithm = EStargz
+	}
+	b := storedBlob{Algorithm: u.algorithm, Descriptor: ociDescriptor(u.desc, u.algorithm)}
+	err := error(nil)
+	if u.blob == nil {
+		err = s.noteBlob(ctx, l, b)
+	} else if err = errors.Join(u.blob.Chmod(0o644), u.blob.Close()); err == nil {
+		err = s.putLayerBlob(ctx, l, u.blob.Name(), b)
+	}
+	if err != nil {
+		return err
 	}
 	return s.putIndex(l, u.index)
 }

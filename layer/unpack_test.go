@@ -556,7 +556,7 @@ func FuzzUnpack(f *testing.F) {
 		if err != nil {
 			return // too deep, say
 		}
-		if err := checkTree(t.Context(), tree, x, false); err != nil {
+		if err := (&treeCheck{dir: tree, x: x}).run(t.Context()); err != nil {
 			t.Fatal(err)
 		}
 		if list, _ := os.ReadDir(outside); len(list) != 1 {

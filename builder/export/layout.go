@@ -13,10 +13,12 @@ import (
 	"path"
 	"path/filepath"
 	"slices"
+	"syscall"
 	"time"
 
 	"github.com/distribution/reference"
 	"github.com/gofrs/flock"
+	"github.com/opencontainers/go-digest"
 	"github.com/opencontainers/image-spec/specs-go"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
@@ -159,7 +161,7 @@ func (e Exporter) layoutTar(ctx context.Context, w io.Writer, small map[string][
 }
 
 // layoutDir adds the image to the layout in a directory, which is made if it is missing. Blobs come first;
-// index.json, replaced last, makes the image visible.
+// index.json, replaced last, makes the image visible. No power cut takes it then.
 func (e Exporter) layoutDir(ctx context.Context, dir string, p plan, root ocispec.Descriptor, g *image.Graph) error {
 	if err := os.MkdirAll(filepath.Join(dir, "blobs", "sha256"), 0o755); err != nil {
 		return err
@@ -169,24 +171,41 @@ func (e Exporter) layoutDir(ctx context.Context, dir string, p plan, root ocispe
 		return fmt.Errorf("lock %s: %w", dir, err)
 	}
 	defer lock.Close()
-	for _, list := range [][]ocispec.Descriptor{g.Blobs, g.Documents} {
-		for _, d := range list {
-			if err := e.blobFile(ctx, dir, d); err != nil {
-				return err
-			}
+	blobs := slices.Concat(g.Blobs, g.Documents)
+	if err := e.Store.Durable(ctx, digests(blobs)...); err != nil { // links share what they link to
+		return err
+	}
+	for _, d := range blobs {
+		if err := e.blobFile(ctx, dir, d); err != nil {
+			return err
 		}
 	}
 	if err := checkLayout(dir); err != nil {
+		return err
+	}
+	if err := syncDirs(filepath.Join(dir, "blobs", "sha256"), filepath.Join(dir, "blobs")); err != nil {
 		return err
 	}
 	idx, err := addEntries(filepath.Join(dir, ocispec.ImageIndexFile), root, p.names)
 	if err != nil {
 		return err
 	}
-	return replaceFile(filepath.Join(dir, ocispec.ImageIndexFile), func(w io.Writer) error {
+	err = replaceFile(filepath.Join(dir, ocispec.ImageIndexFile), func(w io.Writer) error {
 		_, err := w.Write(idx)
 		return err
 	})
+	if err != nil {
+		return err
+	}
+	return syncDirs(dir, filepath.Dir(dir))
+}
+
+func digests(list []ocispec.Descriptor) []digest.Digest {
+	out := make([]digest.Digest, len(list))
+	for i, d := range list {
+		out[i] = d.Digest
+	}
+	return out
 }
 
 // checkLayout writes oci-layout or sees that the one that is there is of a version we know.
@@ -277,10 +296,34 @@ func (o Output) stream(write func(io.Writer) error) error {
 	if real, err := filepath.EvalSymlinks(dest); err == nil {
 		dest = real
 	}
-	return replaceFile(dest, write)
+	if err := replaceFile(dest, write); err != nil {
+		return err
+	}
+	return syncDirs(filepath.Dir(dest))
 }
 
-// replaceFile makes a file appear whole or not at all.
+// syncDirs waits until the names in directories are on the disk.
+func syncDirs(dirs ...string) error {
+	for _, dir := range dirs {
+		d, err := os.Open(dir)
+		if errors.Is(err, fs.ErrPermission) {
+			continue // one may write where one may not look
+		}
+		if err != nil {
+			return err
+		}
+		err = d.Sync()
+		if errors.Is(err, syscall.EINVAL) {
+			err = nil // a file system that cannot
+		}
+		if err := errors.Join(err, d.Close()); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// replaceFile makes a file appear whole or not at all, even to those who look after a power cut.
 func replaceFile(name string, write func(io.Writer) error) error {
 	tmp, err := unused(name)
 	if err != nil {
@@ -291,6 +334,9 @@ func replaceFile(name string, write func(io.Writer) error) error {
 		return err
 	}
 	err = write(f)
+	if err == nil {
+		err = f.Sync()
+	}
 	if closeErr := f.Close(); err == nil {
 		err = closeErr
 	}

@@ -3,17 +3,13 @@ package image
 import (
 	"cmp"
 	"context"
-	"encoding/json"
 	"fmt"
 	"io/fs"
 	"maps"
-	"os"
-	"path/filepath"
 	"slices"
 
 	"github.com/distribution/reference"
 	"github.com/opencontainers/go-digest"
-	"github.com/opencontainers/image-spec/specs-go"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"filo/layer"
@@ -33,7 +29,10 @@ type Named struct {
 // it. An empty name only keeps the image.
 func Tag(ctx context.Context, s *layer.Store, name string, d ocispec.Descriptor) error {
 	if name == "" {
-		return change(ctx, s, func(idx *ocispec.Index) error {
+		if err := durable(ctx, s, d); err != nil {
+			return err
+		}
+		return s.ChangeNames(ctx, func(idx *ocispec.Index) error {
 			if !slices.ContainsFunc(idx.Manifests, func(o ocispec.Descriptor) bool { return o.Digest == d.Digest }) {
 				idx.Manifests = append(idx.Manifests, d)
 			}
@@ -71,13 +70,34 @@ func Pin(ctx context.Context, s *layer.Store, repository string, d ocispec.Descr
 
 // enter adds a named entry in place of the one that has the name, and of a nameless one for the same image.
 func enter(ctx context.Context, s *layer.Store, d ocispec.Descriptor) error {
-	return change(ctx, s, func(idx *ocispec.Index) error {
-		idx.Manifests = slices.DeleteFunc(idx.Manifests, func(o ocispec.Descriptor) bool {
-			return nameOf(o) == nameOf(d) || nameOf(o) == "" && o.Digest == d.Digest
-		})
-		idx.Manifests = append(idx.Manifests, d)
+	if err := durable(ctx, s, d); err != nil {
+		return err
+	}
+	return s.ChangeNames(ctx, func(idx *ocispec.Index) error {
+		idx.Manifests = slices.DeleteFunc(idx.Manifests, func(o ocispec.Descriptor) bool { return nameOf(o) == "" && o.Digest == d.Digest })
+		i := slices.IndexFunc(idx.Manifests, func(o ocispec.Descriptor) bool { return nameOf(o) == nameOf(d) })
+		if i < 0 {
+			idx.Manifests = append(idx.Manifests, d)
+			return nil
+		}
+		idx.Manifests[i] = d // where it was: a build that changes nothing writes nothing
 		return nil
 	})
+}
+
+// durable sees that no power cut takes what an image needs.
+func durable(ctx context.Context, s *layer.Store, d ocispec.Descriptor) error {
+	g, err := Walk(ctx, s, d)
+	if err != nil {
+		return err
+	}
+	var all []digest.Digest
+	for _, list := range [][]ocispec.Descriptor{g.Blobs, g.Documents} {
+		for _, d := range list {
+			all = append(all, d.Digest)
+		}
+	}
+	return s.Durable(ctx, all...)
 }
 
 // taggable returns the full form of a name that an image can be given, and its tag.
@@ -125,7 +145,7 @@ func Lookup(s *layer.Store, name string) (ocispec.Descriptor, error) {
 
 // List returns the images of the local store, by name.
 func List(s *layer.Store) ([]Named, error) {
-	idx, err := readIndex(s)
+	idx, err := s.Names(context.Background())
 	if err != nil {
 		return nil, err
 	}
@@ -168,7 +188,7 @@ func Remove(ctx context.Context, s *layer.Store, d digest.Digest) ([]Named, erro
 
 func remove(ctx context.Context, s *layer.Store, which func(ocispec.Descriptor) bool) ([]Named, error) {
 	var gone []Named
-	err := change(ctx, s, func(idx *ocispec.Index) error {
+	err := s.ChangeNames(ctx, func(idx *ocispec.Index) error {
 		idx.Manifests = slices.DeleteFunc(idx.Manifests, func(d ocispec.Descriptor) bool {
 			if !which(d) {
 				return false
@@ -184,40 +204,4 @@ func remove(ctx context.Context, s *layer.Store, which func(ocispec.Descriptor) 
 // nameOf is the name that an entry of index.json carries.
 func nameOf(d ocispec.Descriptor) string {
 	return d.Annotations[AnnotationName]
-}
-
-// change edits index.json; one process at a time does.
-func change(ctx context.Context, s *layer.Store, edit func(*ocispec.Index) error) error {
-	unlock, err := s.Lock(ctx, "index.json")
-	if err != nil {
-		return err
-	}
-	defer unlock()
-	idx, err := readIndex(s)
-	if err != nil {
-		return err
-	}
-	if err := edit(idx); err != nil {
-		return err
-	}
-	data, err := json.MarshalIndent(idx, "", "  ")
-	if err != nil {
-		return err
-	}
-	return replace(s, filepath.Join(s.Dir(), "index.json"), data)
-}
-
-func readIndex(s *layer.Store) (*ocispec.Index, error) {
-	data, err := os.ReadFile(filepath.Join(s.Dir(), "index.json"))
-	if err != nil {
-		return nil, err
-	}
-	idx := ocispec.Index{Versioned: specs.Versioned{SchemaVersion: 2}, MediaType: ocispec.MediaTypeImageIndex}
-	if err := json.Unmarshal(data, &idx); err != nil {
-		return nil, fmt.Errorf("read %s: %w", filepath.Join(s.Dir(), "index.json"), err)
-	}
-	if idx.Manifests == nil {
-		idx.Manifests = []ocispec.Descriptor{}
-	}
-	return &idx, nil
 }

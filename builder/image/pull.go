@@ -165,10 +165,11 @@ func (r *reader) promise(ctx context.Context, d ocispec.Descriptor, diffID diges
 	if err != nil {
 		return l, err
 	}
+	plain := ocispec.Descriptor{MediaType: t, Digest: d.Digest, Size: d.Size, Annotations: layer.ManifestAnnotations(d)}
 	if r.client == nil {
+		r.store.PromiseStored(l, plain)
 		return l, nil
 	}
-	plain := ocispec.Descriptor{MediaType: t, Digest: d.Digest, Size: d.Size, Annotations: layer.ManifestAnnotations(d)}
 	client, ref := r.client, r.ref
 	r.store.Promise(l, plain, func(ctx context.Context) (io.ReadCloser, error) {
 		return client.Blob(ctx, ref, plain)

@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"errors"
 	"io"
+	"io/fs"
 	"net/http"
 	"os"
 	"path/filepath"
@@ -34,18 +35,25 @@ func (o Options) kept(ref string) *download {
 	if o.Keep == "" {
 		return nil
 	}
-	name := o.keptName(ref)
+	d, err := o.readKept(o.keptName(ref))
+	if err != nil && !errors.Is(err, fs.ErrNotExist) && o.Repaired != nil {
+		o.Repaired("download of " + redact(ref))
+	}
+	return d
+}
+
+func (o Options) readKept(name string) (*download, error) {
 	b, err := os.ReadFile(name + ".json")
 	if err != nil {
-		return nil
+		return nil, err
 	}
 	var n note
-	if json.Unmarshal(b, &n) != nil {
-		return nil
+	if err := json.Unmarshal(b, &n); err != nil {
+		return nil, err
 	}
 	body, err := os.Open(name)
 	if err != nil {
-		return nil
+		return nil, err
 	}
 	d := &download{body: body, digest: n.Digest, header: http.Header{}}
 	d.header.Set("ETag", n.ETag)
@@ -54,11 +62,13 @@ func (o Options) kept(ref string) *download {
 	if d.size, err = io.Copy(h, body); err == nil {
 		_, err = body.Seek(0, io.SeekStart)
 	}
-	if err != nil || digest.NewDigest(digest.SHA256, h) != n.Digest {
-		body.Close()
-		return nil
+	if err == nil && digest.NewDigest(digest.SHA256, h) != n.Digest {
+		err = errors.New("the bytes have another digest than the note")
 	}
-	return d
+	if err != nil {
+		return nil, errors.Join(err, body.Close())
+	}
+	return d, nil
 }
 
 // keep remembers d, if the server can later say whether it is still current. That it cannot be kept is no error: it

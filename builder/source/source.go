@@ -59,6 +59,7 @@ type Options struct {
 	Stdin       io.Reader                      // read for "-"
 	Temp        string                         // existing directory for downloads and checkouts; "" is the system's
 	Keep        string                         // existing directory where downloads by http stay for the next time; "" keeps none
+	Repaired    func(what string)              // told of a kept download that is damaged; nil tells nobody
 	KeepGitDir  bool                           // keep .git in a git context (BUILDKIT_CONTEXT_KEEP_GIT_DIR)
 	Secret      func(id string) ([]byte, bool) // GIT_AUTH_TOKEN, HTTP_AUTH_TOKEN_host and their like; nil knows none
 	SSHAuthSock string                         // ssh agent for git over ssh; "" is none

@@ -120,7 +120,6 @@ func (j *job) produce(ctx context.Context, b *builder.Builder, shared *remote.Ca
 		}
 		// What is lost is gone from the store now, so that the step which made it is done again.
 		if errors.Is(err, layer.ErrLost) && try < maxLost {
-			j.warn(fmt.Sprintf("repaired: %v", err))
 			continue
 		}
 		// Forget is asked only after a failure, since it withdraws the promises that were tried.

@@ -29,7 +29,7 @@ func (j *job) read(ctx context.Context, ref string) error {
 	o := source.Options{
 		Stdin: j.stdin, Temp: temp, UserAgent: "filo/" + version(), Epoch: j.req.Epoch, Secret: j.secret,
 		KeepGitDir: truthy(j.req.Args["BUILDKIT_CONTEXT_KEEP_GIT_DIR"]), SSHAuthSock: j.getenv("SSH_AUTH_SOCK"),
-		Keep: filepath.Join(j.store.Dir(), "sources", "http"),
+		Keep: filepath.Join(j.store.Dir(), "sources", "http"), Repaired: j.repairs.add,
 	}
 	src, err := source.Open(ctx, ref, o)
 	if err != nil {

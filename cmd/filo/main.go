@@ -11,6 +11,7 @@ package main
 import (
 	"context"
 	"errors"
+	"fmt"
 	"os"
 	"os/signal"
 	"syscall"
@@ -38,8 +39,9 @@ const (
 func run(args []string, w world) int {
 	ctx, stop := untilSignal(context.Background())
 	defer stop()
-	a := &app{world: w}
+	a := &app{world: w, repairs: &repairs{}}
 	err := a.command(args).ExecuteContext(ctx)
+	fmt.Fprint(w.stderr, a.repairs.line())
 	if err == nil {
 		return 0
 	}

@@ -4,7 +4,9 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"slices"
 	"strings"
+	"sync"
 	"syscall"
 
 	"filo/builder/sandbox"
@@ -28,6 +30,38 @@ func (a *app) report(err error) {
 		a.describe(&b, err)
 	}
 	fmt.Fprint(a.stderr, b.String())
+}
+
+// repairs collects what was damaged in the state directory.
+type repairs struct {
+	mu   sync.Mutex
+	what []string
+}
+
+func (r *repairs) add(what string) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if !slices.Contains(r.what, what) {
+		r.what = append(r.what, what)
+	}
+}
+
+// maxRepairs is how many damaged things are called by name; after a power cut there may be hundreds.
+const maxRepairs = 4
+
+// line says in one line what was repaired, "" if nothing was.
+func (r *repairs) line() string {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	n := len(r.what)
+	if n == 0 {
+		return ""
+	}
+	text := strings.Join(r.what[:min(n, maxRepairs)], ", ")
+	if n > maxRepairs {
+		text += fmt.Sprintf(" and %d more", n-maxRepairs)
+	}
+	return "WARNING: repaired the state directory: these were damaged, are gone, and are made again when they are needed: " + text + "\n"
 }
 
 func (a *app) describe(b *strings.Builder, err error) {

@@ -42,6 +42,7 @@ type app struct {
 	isolation string            // --isolation
 	storage   string            // --storage
 	display   *progress.Display // of a build; its last lines are shown with an error
+	repairs   *repairs
 }
 
 const longHelp = `filo builds OCI images from Dockerfiles. It is one program: no daemon, no root needed.
@@ -160,14 +161,14 @@ func (a *app) open(enter bool) (*state, error) {
 	if s.registry, err = a.client(); err != nil {
 		return nil, err
 	}
-	if s.store, err = layer.Open(dir, layer.Options{SingleID: s.ground.SingleID}); err != nil {
+	if s.store, err = layer.Open(dir, layer.Options{SingleID: s.ground.SingleID, Repaired: a.repairs.add}); err != nil {
 		return nil, err
 	}
 	if enter {
 		s.storing, err = a.useStorage(s.ground, s.store)
 	}
 	if err == nil {
-		err = s.prepare(dir, a.now)
+		err = s.prepare(dir, a.now, a.repairs.add)
 	}
 	if err != nil {
 		s.store.Close()
@@ -177,13 +178,16 @@ func (a *app) open(enter bool) (*state, error) {
 }
 
 // prepare opens what needs the store.
-func (s *state) prepare(dir string, now func() time.Time) error {
+func (s *state) prepare(dir string, now func() time.Time, repaired func(string)) error {
 	temp, err := s.store.Temp("cache")
 	if err != nil {
 		return err
 	}
-	s.cache, err = cache.Open(dir, temp, now)
-	return err
+	if s.cache, err = cache.Open(dir, temp, now); err != nil {
+		return err
+	}
+	s.cache.Repaired = repaired
+	return nil
 }
 
 // with opens the state directory for do, which looks at images and runs nothing.

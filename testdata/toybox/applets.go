@@ -396,3 +396,29 @@ func kill(args []string, s stdio) int {
 	}
 	return 0
 }
+
+// fill makes a file as linkers and databases do, which give it its size first: fill FILE SIZE TEXT.
+func fill(args []string, s stdio) int {
+	if len(args) != 3 || args[2] == "" {
+		return fail(s, "fill", fmt.Errorf("want a file, a size and a text"))
+	}
+	size, err := strconv.ParseInt(args[1], 10, 64)
+	if err != nil {
+		return fail(s, "fill", err)
+	}
+	f, err := os.Create(args[0])
+	if err != nil {
+		return fail(s, "fill", err)
+	}
+	defer f.Close()
+	if err := f.Truncate(size); err != nil {
+		return fail(s, "fill", err)
+	}
+	text := strings.Repeat(args[2], 1+64<<10/len(args[2]))
+	for at := int64(0); at < size; at += int64(len(text)) {
+		if _, err := f.WriteAt([]byte(text[:min(int64(len(text)), size-at)]), at); err != nil {
+			return fail(s, "fill", err)
+		}
+	}
+	return 0
+}

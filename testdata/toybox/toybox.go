@@ -50,7 +50,7 @@ func applets() map[string]applet {
 		"install": install, "sh": sh, "true": exitWith(0), "false": exitWith(1), "echo": echo, "cat": each(cat),
 		"cp": cp, "mv": mv, "ln": ln, "mkdir": mkdir, "rm": rm, "ls": ls, "touch": each(touch), "chmod": chmod,
 		"chown": chown, "pwd": pwd, "env": env, "id": id, "sleep": sleep, "seq": seq, "stat": each(stat),
-		"sha256sum": each(sha256sum), "test": test, "hostname": hostname, "kill": kill,
+		"sha256sum": each(sha256sum), "test": test, "hostname": hostname, "kill": kill, "fill": fill,
 	}
 }
 

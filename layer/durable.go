@@ -1,0 +1,101 @@
+package layer
+
+import (
+	"context"
+	"errors"
+	"io/fs"
+	"os"
+	"path/filepath"
+
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"golang.org/x/sync/errgroup"
+	"golang.org/x/sys/unix"
+)
+
+// A power cut takes what has not been synced: bytes, names, or the bytes and not the name. Of what the store holds only
+// the images of index.json must outlive it, and what makes them is synced before they are named. All else is checked
+// before it is used: blobs have digests, indexes and records checksums, trees are compared with their index by whoever
+// finds them after another boot. So a build waits for the disk once, in the end, and only for what it made.
+
+// onDisk is the mode of a file of which content and name have reached the disk. No write to it follows, so it stays
+// true, for every process; and who copies it elsewhere has its own disk to wait for.
+const onDisk fs.FileMode = 0o444
+
+// syncs bounds how many files are waited for at once: a file system writes several with one commit.
+const syncs = 8
+
+// Durable returns when no power cut can take the blobs any more, nor their names. Blobs that are not here are left out:
+// images may be stored in part.
+func (s *Store) Durable(ctx context.Context, blobs ...digest.Digest) error {
+	var fresh []string
+	for _, d := range blobs {
+		path := s.blobPath(d)
+		info, err := os.Lstat(path)
+		if errors.Is(err, fs.ErrNotExist) || err == nil && info.Mode().Perm() == onDisk {
+			continue
+		}
+		if err != nil {
+			return err
+		}
+		fresh = append(fresh, path)
+	}
+	return s.settle(ctx, filepath.Join("blobs", "sha256"), fresh)
+}
+
+// settle waits until files of a directory of the store are on the disk, and marks them.
+func (s *Store) settle(ctx context.Context, dir string, files []string) error {
+	if len(files) == 0 {
+		return nil
+	}
+	g, ctx := errgroup.WithContext(ctx)
+	g.SetLimit(syncs)
+	for _, f := range files {
+		g.Go(func() error {
+			if ctx.Err() != nil {
+				return context.Cause(ctx)
+			}
+			return syncFile(f)
+		})
+	}
+	if err := g.Wait(); err != nil {
+		return err
+	}
+	for ; ; dir = filepath.Dir(dir) {
+		if err := syncFile(filepath.Join(s.dir, dir)); err != nil {
+			return err
+		}
+		if dir == "." {
+			break
+		}
+	}
+	if err := syncFile(filepath.Dir(s.dir)); err != nil && !errors.Is(err, fs.ErrPermission) {
+		return err
+	}
+	for _, f := range files {
+		_ = os.Chmod(f, onDisk) // else the next one waits again
+	}
+	return nil
+}
+
+// syncFile waits until a file or directory is on the disk.
+func syncFile(path string) error {
+	f, err := os.Open(path)
+	if err != nil {
+		return err
+	}
+	err = f.Sync()
+	if errors.Is(err, unix.EINVAL) {
+		err = nil // a file system that cannot
+	}
+	return errors.Join(err, f.Close())
+}
+
+// PromiseStored says that the blob d, if it is in the store, holds l: should no file of l's own say so any more, l can be
+// had from there.
+func (s *Store) PromiseStored(l Layer, d ocispec.Descriptor) {
+	if info, err := os.Lstat(s.blobPath(d.Digest)); err != nil || info.Size() != d.Size {
+		return
+	}
+	s.Promise(l, d, s.openIt(d.Digest))
+}
