@@ -46,6 +46,13 @@ type Builder struct {
 	// Offer is told of each layer as soon as it is made or found, so that shared caches can begin to take it. nil tells
 	// nobody.
 	Offer func(ctx context.Context, m Made)
+
+	// Restore fills the empty directory dir with what a cache mount that is not here holds elsewhere, and reports whether
+	// it did; else dir is thrown away. nil fills none.
+	Restore func(ctx context.Context, m CacheMount, dir string) bool
+
+	// Used is told of each cache mount that a step has been given and may have changed. nil tells nobody.
+	Used func(m CacheMount)
 }
 
 // Request is one build.

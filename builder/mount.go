@@ -203,6 +203,14 @@ func (w *walk) materialise(ctx context.Context, source []picked) (layer.Layer, s
 	return m.layer, at, err
 }
 
+// CacheMount is the directory of a RUN --mount=type=cache.
+type CacheMount struct {
+	ID       string                                                // as the Dockerfile has it
+	Identity string                                                // what names it on any machine
+	Dir      string                                                // where its files are
+	Hold     func(ctx context.Context) (release func(), err error) // waits for the steps that use it, and keeps others away
+}
+
 // cacheMount shows a directory that outlives the build. Its identity is its ID and how it begins.
 func (w *walk) cacheMount(ctx context.Context, m mount) (sandbox.Mount, func(), error) {
 	h := sha256.New()
@@ -211,24 +219,96 @@ func (w *walk) cacheMount(ctx context.Context, m mount) (sandbox.Mount, func(), 
 		fmt.Fprintln(h, m.source[0].digest())
 	}
 	parent, id := filepath.Join(w.Store.Dir(), "mounts"), fmt.Sprintf("%x", h.Sum(nil))
-	if err := os.MkdirAll(parent, 0o700); err != nil {
+	dir, lock, err := w.readyMount(ctx, parent, id, m)
+	if lock == nil {
 		return sandbox.Mount{}, nil, fmt.Errorf("cache mount %s: %w", m.ID, err)
+	}
+	free := func() { lock.Unlock() }
+	if err != nil {
+		return sandbox.Mount{}, free, fmt.Errorf("cache mount %s: %w", m.ID, err)
+	}
+	if w.Used != nil && !m.ReadOnly && !m.HasFrom && filepath.Base(dir) == id {
+		w.Used(travelling(dir, id, m))
+	}
+	return sandbox.Mount{Type: sandbox.Bind, Source: filepath.Join(dir, "data")}, free, nil
+}
+
+// readyMount finds or makes the directory of a cache mount and claims it: the lock is not nil then.
+func (w *walk) readyMount(ctx context.Context, parent, id string, m mount) (string, *flock.Flock, error) {
+	if err := os.MkdirAll(parent, 0o700); err != nil {
+		return "", nil, err
 	}
 	if m.Sharing != "private" && w.req.NoCache && w.firstUse(id) {
 		if err := w.renew(ctx, filepath.Join(parent, id), m); err != nil {
-			return sandbox.Mount{}, nil, fmt.Errorf("cache mount %s: %w", m.ID, err)
+			return "", nil, err
+		}
+	}
+	if w.Restore != nil && !w.req.NoCache && !m.HasFrom {
+		if err := w.restore(ctx, filepath.Join(parent, id), id, m); err != nil {
+			return "", nil, err
 		}
 	}
 	dir, lock, err := w.claim(ctx, parent, id, m.Sharing)
 	if err != nil {
-		return sandbox.Mount{}, nil, fmt.Errorf("cache mount %s: %w", m.ID, err)
+		return "", nil, err
 	}
-	free := func() { lock.Unlock() }
 	anew := m.Sharing == "private" && w.req.NoCache && w.firstUse(filepath.Base(dir))
-	if err := w.fill(ctx, dir, m, anew); err != nil {
-		return sandbox.Mount{}, free, fmt.Errorf("cache mount %s: %w", m.ID, err)
+	return dir, lock, w.fill(ctx, dir, m, anew)
+}
+
+// restore gives the cache mount in dir what it holds elsewhere, if it is empty. If somebody uses it, they have done that.
+func (w *walk) restore(ctx context.Context, dir, id string, m mount) error {
+	if filled(dir) {
+		return nil
 	}
-	return sandbox.Mount{Type: sandbox.Bind, Source: filepath.Join(dir, "data")}, free, nil
+	lock := flock.New(dir + ".lock")
+	if ok, err := lock.TryLock(); err != nil || !ok {
+		return err
+	}
+	defer lock.Unlock()
+	if filled(dir) {
+		return nil
+	}
+	tmp, err := w.Store.Temp("mount-")
+	if err != nil {
+		return err
+	}
+	defer os.RemoveAll(tmp)
+	fresh := filepath.Join(tmp, "data")
+	if err := os.Mkdir(fresh, 0o700); err != nil {
+		return err
+	}
+	if !w.Restore(ctx, travelling(dir, id, m), fresh) {
+		return ctx.Err()
+	}
+	return errors.Join(w.dress(fresh, m), swap(fresh, dir, filepath.Join(tmp, "old")))
+}
+
+// filled reports whether there is anything in the cache mount in dir.
+func filled(dir string) bool {
+	d, err := os.Open(filepath.Join(dir, "data"))
+	if err != nil {
+		return !errors.Is(err, os.ErrNotExist)
+	}
+	defer d.Close()
+	_, err = d.Readdirnames(1)
+	return err != io.EOF
+}
+
+// holdTime is how long steps of other builds are waited for that use a cache mount.
+const holdTime = 10 * time.Second
+
+// travelling is the cache mount in dir as others are told of it.
+func travelling(dir, id string, m mount) CacheMount {
+	return CacheMount{ID: m.ID, Identity: id, Dir: filepath.Join(dir, "data"), Hold: func(ctx context.Context) (func(), error) {
+		ctx, cancel := context.WithTimeout(ctx, holdTime)
+		defer cancel()
+		lock := flock.New(dir + ".lock")
+		if ok, err := lock.TryLockContext(ctx, lockPause); err != nil || !ok {
+			return nil, errors.New("another build uses it")
+		}
+		return func() { lock.Unlock() }, nil
+	}}
 }
 
 // renew makes the cache mount in dir anew, unless somebody uses it.
@@ -296,10 +376,15 @@ func (w *walk) fill(ctx context.Context, dir string, m mount, anew bool) error {
 	if err := w.begin(ctx, fresh, m); err != nil {
 		return err
 	}
+	return swap(fresh, dir, filepath.Join(tmp, "old"))
+}
+
+// swap makes fresh the data of the cache mount in dir; what was there goes to old.
+func swap(fresh, dir, old string) error {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return err
 	}
-	old := filepath.Join(tmp, "old")
+	data := filepath.Join(dir, "data")
 	if err := os.Rename(data, old); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return err
 	}
@@ -315,6 +400,11 @@ func (w *walk) begin(ctx context.Context, dir string, m mount) error {
 	} else if err := os.Mkdir(dir, 0o700); err != nil {
 		return err
 	}
+	return w.dress(dir, m)
+}
+
+// dress gives the root of a cache mount its owner and mode.
+func (w *walk) dress(dir string, m mount) error {
 	if m.UID != nil || m.GID != nil {
 		if err := os.Chown(dir, deref(m.UID, 0), deref(m.GID, 0)); err != nil && !w.req.SingleID {
 			return err

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"math/rand/v2"
+	"slices"
 	"sync"
 	"time"
 
@@ -15,6 +16,7 @@ import (
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sync/semaphore"
 
+	"filo/cache/mounts"
 	"filo/layer"
 )
 
@@ -63,13 +65,14 @@ func (c *Cache) Offer(ctx context.Context, m Made) {
 	}
 }
 
-// Export writes what the build made to all targets. It is called when the result is exported, so that nothing that
-// happens here delays or loses it. An error is that of the targets without ignore-error.
-func (c *Cache) Export(ctx context.Context, made []Made) error {
+// Export writes what the build made, and where it is asked for the cache mounts that it had, to all targets. It is called
+// when the result is exported, so that nothing that happens here delays or loses it. An error is that of the targets
+// without ignore-error.
+func (c *Cache) Export(ctx context.Context, made []Made, all []Mount) error {
 	var errs []error
 	for _, t := range c.targets {
 		end := c.o.Report("exporting cache to " + t.spec.Type + " " + t.spec.Text)
-		err := t.export(ctx, made)
+		err := t.export(ctx, made, all)
 		end(err)
 		if err == nil {
 			continue
@@ -91,7 +94,7 @@ func (c *Cache) Wait() {
 	}
 }
 
-func (t *target) export(ctx context.Context, made []Made) error {
+func (t *target) export(ctx context.Context, made []Made, all []Mount) error {
 	if err := t.early.Wait(); err != nil {
 		return err
 	}
@@ -103,9 +106,10 @@ func (t *target) export(ctx context.Context, made []Made) error {
 	if err != nil {
 		return err
 	}
+	t.addMounts(ctx, fresh, old, all)
 	for try := 1; ; try++ {
 		next := t.merged(old, fresh)
-		if old.contains(fresh) && len(next.entries) == len(old.entries) {
+		if old.contains(fresh) && next.size() == old.size() {
 			return nil
 		}
 		lost, err := t.write(ctx, next, version)
@@ -205,12 +209,22 @@ func (t *target) merged(old, fresh *index) *index {
 			next.entries[k] = e
 		}
 	}
+	for k, e := range old.mounts {
+		e.used = min(e.used, today)
+		if !slices.ContainsFunc(e.parts, func(p mounts.Part) bool { return t.c.wasLost(p.Blob.Digest) }) {
+			next.mounts[k] = e
+		}
+	}
 	next = next.merge(fresh)
 	age := t.spec.maxAge
 	if age == 0 {
 		age = defaultMaxAge
 	}
-	next.trim(today-int64(age/time.Second), t.spec.maxRecords)
+	since := today - int64(age/time.Second)
+	next.trim(since, t.spec.maxRecords)
+	if t.spec.mounts {
+		next.trimMounts(since, t.spec.mountsMax)
+	}
 	return next
 }
 

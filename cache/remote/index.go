@@ -15,6 +15,7 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"filo/cache"
+	"filo/cache/mounts"
 	"filo/layer"
 )
 
@@ -47,10 +48,13 @@ type entry struct {
 // index is all records of a place.
 type index struct {
 	entries map[cache.Key]entry
+	mounts  map[cache.Key]mountEntry
 	missing bool // the place has none
 }
 
-func newIndex() *index { return &index{entries: map[cache.Key]entry{}} }
+func newIndex() *index {
+	return &index{entries: map[cache.Key]entry{}, mounts: map[cache.Key]mountEntry{}}
+}
 
 // wire is the index as it is written.
 type wire struct {
@@ -59,10 +63,20 @@ type wire struct {
 }
 
 type ours struct {
-	Format int     `json:"format"`
-	Used   []int64 `json:"used"`
+	Format int         `json:"format"`
+	Used   []int64     `json:"used"`
+	Mounts []mountWire `json:"mounts,omitempty"`
 
 	EStargz map[digest.Digest]map[string]string `json:"estargz,omitempty"`
+}
+
+// mountWire is a cache mount as it is written.
+type mountWire struct {
+	Key     cache.Key `json:"key"`
+	Layers  []int     `json:"layers"` // by number; the list first
+	Bytes   int64     `json:"bytes"`
+	Created int64     `json:"created"`
+	Used    int64     `json:"used"`
 }
 
 // parseIndex reads an index. Records that are BuildKit's, or broken, are left out.
@@ -90,7 +104,28 @@ func parseIndex(data []byte) (*index, error) {
 		}
 		x.add(cache.Key(r.Digest), e)
 	}
+	for _, m := range w.Filo.Mounts {
+		if e, ok := mountOf(w.Layers, m); ok {
+			x.mounts[m.Key] = e
+		}
+	}
 	return x, nil
+}
+
+// mountOf reads a cache mount of a cache config.
+func mountOf(layers []cacheimporttypes.CacheLayer, m mountWire) (mountEntry, bool) {
+	e := mountEntry{bytes: m.Bytes, created: m.Created, used: m.Used}
+	if !valid(digest.Digest(m.Key)) || len(m.Layers) == 0 || m.Bytes < 0 {
+		return e, false
+	}
+	for _, i := range m.Layers {
+		l, ok := layerOf(layers, i)
+		if !ok {
+			return e, false
+		}
+		e.parts = append(e.parts, mounts.Part{DiffID: l.diffID, Blob: l.blob})
+	}
+	return e, true
 }
 
 // entryOf reads a record of a cache config.
@@ -98,12 +133,18 @@ func entryOf(layers []cacheimporttypes.CacheLayer, r cacheimporttypes.CacheRecor
 	if len(r.Inputs) > 0 || len(r.Results) != 1 || !valid(r.Digest) {
 		return entry{}, false
 	}
-	i := r.Results[0].LayerIndex
+	e, ok := layerOf(layers, r.Results[0].LayerIndex)
+	e.created = r.Results[0].CreatedAt.Unix()
+	return e, ok
+}
+
+// layerOf reads the layer with the number i.
+func layerOf(layers []cacheimporttypes.CacheLayer, i int) (entry, bool) {
 	if i < 0 || i >= len(layers) || layers[i].Annotations == nil {
 		return entry{}, false
 	}
 	a := layers[i].Annotations
-	e := entry{diffID: a.DiffID, created: r.Results[0].CreatedAt.Unix()}
+	e := entry{diffID: a.DiffID}
 	e.blob = ocispec.Descriptor{MediaType: ociType(a.MediaType), Digest: layers[i].Blob, Size: a.Size}
 	return e, e.valid()
 }
@@ -157,6 +198,11 @@ func (x *index) merge(y *index) *index {
 		e.used = max(e.used, x.entries[k].used)
 		m.entries[k] = e
 	}
+	maps.Copy(m.mounts, x.mounts)
+	for k, e := range y.mounts {
+		e.used = max(e.used, x.mounts[k].used)
+		m.mounts[k] = e
+	}
 	return m
 }
 
@@ -178,16 +224,23 @@ func (x *index) trim(since int64, most int) {
 // dropOlder drops records of steps that ran before the given time.
 func (x *index) dropOlder(since int64) {
 	maps.DeleteFunc(x.entries, func(_ cache.Key, e entry) bool { return e.created < since })
+	maps.DeleteFunc(x.mounts, func(_ cache.Key, e mountEntry) bool { return e.created < since })
 }
 
 func (x *index) dropBlob(blob digest.Digest) {
 	maps.DeleteFunc(x.entries, func(_ cache.Key, e entry) bool { return e.blob.Digest == blob })
+	maps.DeleteFunc(x.mounts, func(_ cache.Key, e mountEntry) bool { return e.has(blob) })
 }
 
-// hasBlob reports whether a record that was used since then has the blob.
+// hasBlob reports whether a record or cache mount that was used since then has the blob.
 func (x *index) hasBlob(blob digest.Digest, since int64) bool {
 	for _, e := range x.entries {
 		if e.blob.Digest == blob && e.used >= since {
+			return true
+		}
+	}
+	for _, e := range x.mounts {
+		if e.used >= since && e.has(blob) {
 			return true
 		}
 	}
@@ -202,17 +255,35 @@ func (x *index) contains(y *index) bool {
 			return false
 		}
 	}
+	for k, e := range y.mounts {
+		have, ok := x.mounts[k]
+		if !ok || have.parts[0].Blob.Digest != e.parts[0].Blob.Digest || have.used < e.used {
+			return false
+		}
+	}
 	return true
 }
 
-// blobs are the layers of the records, each once, in the order of their keys.
+// size is how many records and cache mounts there are.
+func (x *index) size() int { return len(x.entries) + len(x.mounts) }
+
+// blobs are the layers of the records and cache mounts, each once, in the order of their keys.
 func (x *index) blobs() []entry {
 	var out []entry
 	seen := map[digest.Digest]bool{}
-	for _, k := range slices.Sorted(maps.Keys(x.entries)) {
-		if e := x.entries[k]; !seen[e.blob.Digest] {
+	add := func(e entry) {
+		if !seen[e.blob.Digest] {
 			seen[e.blob.Digest] = true
 			out = append(out, e)
+		}
+	}
+	for _, k := range slices.Sorted(maps.Keys(x.entries)) {
+		add(x.entries[k])
+	}
+	for _, k := range slices.Sorted(maps.Keys(x.mounts)) {
+		m := x.mounts[k]
+		for _, p := range m.parts {
+			add(entry{diffID: p.DiffID, blob: p.Blob, created: m.created})
 		}
 	}
 	return out
@@ -244,6 +315,14 @@ func (x *index) marshal() ([]byte, error) {
 			Results: []cacheimporttypes.CacheResult{{LayerIndex: at[e.blob.Digest], CreatedAt: utc(e.created)}},
 		})
 		w.Filo.Used = append(w.Filo.Used, e.used)
+	}
+	for _, k := range slices.Sorted(maps.Keys(x.mounts)) {
+		e := x.mounts[k]
+		m := mountWire{Key: k, Bytes: e.bytes, Created: e.created, Used: e.used}
+		for _, p := range e.parts {
+			m.Layers = append(m.Layers, at[p.Blob.Digest])
+		}
+		w.Filo.Mounts = append(w.Filo.Mounts, m)
 	}
 	return json.Marshal(w)
 }

@@ -8,9 +8,12 @@
 // ran. Keys are made by other rules than BuildKit's, so each ignores the records of the other. One more field says
 // what BuildKit does not need:
 //
-//	"filo": {"format": 1, "used": [seconds, …]}   for each record, the day on which a build last had use for it
+//	"filo": {"format": 1, "used": [seconds, …],   for each record, the day on which a build last had use for it
+//	  "mounts": [{"key": …, "layers": [0, …], "bytes": …, "created": …, "used": …}]}   cache-mounts=true
 //
-// and "estargz" in it, by digest, what the store needs to know of blobs with a table of contents.
+// and in it "estargz", by digest, what the store needs to know of blobs with a table of contents.
+// A cache mount is an archive of filo/cache/mounts, the list first, under a key of its identity; it is fetched when a
+// step that runs has it and it is empty here. Of two that export one, the later one's counts.
 //
 // type=inline puts the records into the image's config, as base64 under moby.buildkit.cache.v0; their results name
 // layers of the image. There is nothing but records in it.
@@ -18,8 +21,8 @@
 // Records are trusted as far as whoever may write to the place; blobs are verified by the store. A layer that cannot
 // be had is forgotten: see [Cache.Forget].
 //
-// Start at [Open]. spec.go reads the flags, index.go has the format, export.go writes, registry.go, image.go (inline),
-// local.go and s3.go are the places.
+// Start at [Open]. spec.go reads the flags, index.go has the format, export.go writes, mounts.go has cache mounts,
+// registry.go, image.go (inline), local.go and s3.go are the places.
 package remote
 
 import (
@@ -69,6 +72,7 @@ type Options struct {
 	Report   func(text string) func(error) // called when something begins, the result when it ends; nil for none
 	Getenv   func(name string) string      // credentials of type=s3 that the flag does not hold
 	Platform ocispec.Platform              // of an image that is imported from
+	SingleID bool                          // owners are not put on disk
 }
 
 // readTime is how long a source has to tell what it holds; after that the build goes on without it.

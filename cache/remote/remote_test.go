@@ -135,7 +135,7 @@ func (r *runner) want(c *Cache, step, want string) {
 
 func (r *runner) export(c *Cache, made ...Made) {
 	r.t.Helper()
-	if err := c.Export(r.t.Context(), made); err != nil {
+	if err := c.Export(r.t.Context(), made, nil); err != nil {
 		r.t.Fatal(err)
 	}
 }
@@ -275,7 +275,7 @@ func TestWriters(t *testing.T) {
 					writers = append(writers, r)
 					c := r.open(nil, []string{p.to})
 					m := r.make(fmt.Sprint(i), fmt.Sprint("content ", i), true)
-					g.Go(func() error { return c.Export(t.Context(), []Made{m}) })
+					g.Go(func() error { return c.Export(t.Context(), []Made{m}, nil) })
 				}
 				if err := g.Wait(); err != nil {
 					t.Fatal(err)
@@ -593,13 +593,13 @@ func TestSourcesThatFail(t *testing.T) {
 func TestTargetsThatFail(t *testing.T) {
 	r := newRunner(t)
 	m := r.make("one", "1", true)
-	err := r.open(nil, []string{"127.0.0.1:1/x:1"}).Export(t.Context(), []Made{m})
+	err := r.open(nil, []string{"127.0.0.1:1/x:1"}).Export(t.Context(), []Made{m}, nil)
 	if err == nil || !strings.Contains(err.Error(), "127.0.0.1:1/x:1") {
 		t.Errorf("Export to nowhere = %v, want an error with the reference", err)
 	}
 	dir := t.TempDir()
 	c := r.open(nil, []string{"type=registry,ref=127.0.0.1:1/x:1,ignore-error=true", "type=local,dest=" + dir})
-	if err := c.Export(t.Context(), []Made{m}); err != nil {
+	if err := c.Export(t.Context(), []Made{m}, nil); err != nil {
 		t.Errorf("Export with ignore-error=true = %v", err)
 	}
 	if len(r.warnings) != 1 {

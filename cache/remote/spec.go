@@ -10,6 +10,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/docker/go-units"
 	"github.com/moby/buildkit/util/suggest"
 	"github.com/tonistiigi/go-csvvalue"
 
@@ -47,6 +48,8 @@ type Spec struct {
 	reset         bool
 	maxAge        time.Duration // 0 is no limit
 	maxRecords    int
+	mounts        bool          // cache mounts travel as well
+	mountsMax     int64         // bytes of files in all of them
 	names         []string      // type=s3: of the index
 	pathStyle     *bool         // type=s3: the bucket is in the path, not the host; nil is what the endpoint is known for
 	touch         time.Duration // type=s3: the age from which a blob in use is made young again
@@ -57,15 +60,17 @@ type Spec struct {
 const (
 	defaultMaxAge     = 30 * 24 * time.Hour
 	defaultMaxRecords = 2000
+	defaultMountsMax  = "2GB"
 )
 
 var (
 	fromAttrs = map[string][]string{
-		kindRegistry: {"ref", "registry.insecure", "max-age"},
-		kindLocal:    {"src", "tag", "digest", "max-age"},
-		kindS3:       append([]string{"max-age"}, bucketAttrs...),
+		kindRegistry: append([]string{"ref", "registry.insecure", "max-age"}, mountAttrs...),
+		kindLocal:    append([]string{"src", "tag", "digest", "max-age"}, mountAttrs...),
+		kindS3:       append(append([]string{"max-age"}, bucketAttrs...), mountAttrs...),
 	}
-	writeAttrs = []string{"mode", "compression", "compression-level", "force-compression", "ignore-error", "max-age", "max-records"}
+	mountAttrs = []string{"cache-mounts", "cache-mounts-max"}
+	writeAttrs = []string{"mode", "compression", "compression-level", "force-compression", "ignore-error", "max-age", "max-records", "cache-mounts", "cache-mounts-max"}
 	toAttrs    = map[string][]string{
 		kindRegistry: append([]string{"ref", "registry.insecure", "image-manifest", "oci-mediatypes"}, writeAttrs...),
 		kindLocal:    append([]string{"dest", "tag", "reset", "image-manifest", "oci-mediatypes"}, writeAttrs...),
@@ -202,11 +207,16 @@ func (s *Spec) read() error {
 	boolean("image-manifest", &s.imageManifest, s.ociTypes)
 	boolean("registry.insecure", &s.insecure, false)
 	boolean("reset", &s.reset, false)
+	boolean("cache-mounts", &s.mounts, false)
 	number("compression-level", &s.compression.Level, 0)
 	number("max-records", &s.maxRecords, defaultMaxRecords)
 	var err error
 	if s.maxAge, err = duration(s.attrs["max-age"]); err != nil {
 		errs = append(errs, fmt.Errorf("max-age=%s: %w", s.attrs["max-age"], err))
+	}
+	most := cmp.Or(s.attrs["cache-mounts-max"], defaultMountsMax)
+	if s.mountsMax, err = units.FromHumanSize(most); err != nil || s.mountsMax <= 0 {
+		errs = append(errs, fmt.Errorf("cache-mounts-max=%s: must be a size like 2GB", most))
 	}
 	if s.Type == kindS3 {
 		errs = append(errs, s.readBucket())

@@ -14,6 +14,7 @@ import (
 	"filo/builder"
 	"filo/builder/attest"
 	"filo/builder/export"
+	"filo/cache/remote"
 	"filo/cmd/filo/progress"
 )
 
@@ -156,6 +157,7 @@ type job struct {
 	caches   cacheSpecs
 	wanted   attest.Wanted
 	origin   origin
+	mounts   []remote.Mount // cache mounts that steps were given, if they are to be exported
 	display  *progress.Display
 	begin    time.Time
 	tasks    atomic.Int32 // of ours in the display
@@ -196,7 +198,7 @@ func (j *job) build(ctx context.Context) error {
 	if err := j.writeFiles(exported, result); err != nil {
 		return err
 	}
-	err = shared.Export(ctx, madeOf(result))
+	err = shared.Export(ctx, madeOf(result), j.mounts)
 	j.display.Close()
 	j.conclude(result, exported)
 	return errors.Join(err, j.trim(ctx))

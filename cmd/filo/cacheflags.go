@@ -61,6 +61,7 @@ func (j *job) openCaches(ctx context.Context, b *builder.Builder) (*remote.Cache
 	}
 	shared, err := remote.Open(ctx, remote.Options{
 		Store: j.store, Registry: j.registry, Now: j.now, Getenv: j.getenv, Platform: p,
+		SingleID: j.ground.SingleID,
 		Warn: func(text string) {
 			mu.Lock()
 			defer mu.Unlock()
@@ -76,6 +77,20 @@ func (j *job) openCaches(ctx context.Context, b *builder.Builder) (*remote.Cache
 	}
 	if len(j.caches.to) > 0 {
 		b.Offer = func(ctx context.Context, m builder.Made) { shared.Offer(ctx, remote.Made(m)) }
+	}
+	if remote.HasMounts(j.caches.from) {
+		b.Restore = func(ctx context.Context, m builder.CacheMount, dir string) bool {
+			return shared.Restore(ctx, remote.Mount(m), dir)
+		}
+	}
+	if remote.HasMounts(j.caches.to) {
+		b.Used = func(m builder.CacheMount) {
+			mu.Lock()
+			defer mu.Unlock()
+			if !slices.ContainsFunc(j.mounts, func(o remote.Mount) bool { return o.Identity == m.Identity }) {
+				j.mounts = append(j.mounts, remote.Mount(m))
+			}
+		}
 	}
 	return shared, nil
 }

@@ -27,6 +27,7 @@ var floors = map[string]int{
 	"builder/image":     2,
 	"cache":             2,
 	"builder/attest":    1,
+	"cache/mounts":      2,
 	"builder/source":    1,
 	"layer":             1,
 	"builder/sandbox":   0,
