@@ -12,6 +12,7 @@ import (
 	"net/http"
 	"net/url"
 	"strings"
+	"time"
 	"unicode"
 
 	"github.com/google/go-containerregistry/pkg/v1/remote/transport"
@@ -61,6 +62,8 @@ type Error struct {
 	Status int    // of the HTTP answer; 0 if there was none
 	Text   string // what the registry or the network said; may be empty
 	Err    error  // cause, if it was not an answer; never printed as is, for it may quote URLs
+
+	after time.Duration // how long the registry said to wait
 }
 
 func (e *Error) Error() string {
@@ -104,7 +107,9 @@ func answered(resp *http.Response, ok ...int) error {
 	for _, e := range said.Errors {
 		texts = append(texts, strings.TrimSpace(strings.TrimSuffix(strings.ToLower(strings.ReplaceAll(e.Code, "_", " "))+": "+e.Message, ": ")))
 	}
-	return fromStatus(resp.StatusCode, strings.Join(texts, "; "))
+	e := fromStatus(resp.StatusCode, strings.Join(texts, "; "))
+	e.after, _ = retryAfter(resp)
+	return e
 }
 
 func fromStatus(status int, text string) *Error {

@@ -387,8 +387,172 @@ func TestUploadGoesOn(t *testing.T) {
 	if !bytes.Equal(have, data) {
 		t.Errorf("%d bytes arrived, want the %d that were sent", len(have), len(data))
 	}
-	want := "GET, HEAD, POST, PUT, GET, PATCH 1572864-4194303, GET, PATCH 3145728-4194303, PUT"
+	want := "GET, HEAD, POST, PUT, HEAD, GET, PATCH 1572864-4194303, HEAD, GET, PATCH 3145728-4194303, PUT"
 	if got := strings.Join(log, ", "); got != want {
 		t.Errorf("asked %s, want %s", got, want)
+	}
+}
+
+// keeping is a registry for one blob that keeps what arrived of a request that broke, and says so: the specification
+// has it so, the distribution registry forgets such an upload.
+type keeping struct {
+	mu   sync.Mutex
+	have []byte
+	done bool
+}
+
+func (k *keeping) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	var from int
+	fmt.Sscanf(r.Header.Get("Content-Range"), "%d-", &from)
+	if r.Method == http.MethodPatch && from != len(k.have) {
+		w.WriteHeader(http.StatusRequestedRangeNotSatisfiable)
+		return
+	}
+	if r.Method == http.MethodPatch || r.Method == http.MethodPut {
+		part, err := io.ReadAll(r.Body)
+		k.have = append(k.have, part...)
+		if err != nil {
+			return
+		}
+	}
+	w.Header().Set("Location", "/v2/a/blobs/uploads/1")
+	w.Header().Set("Range", fmt.Sprintf("0-%d", max(len(k.have), 1)-1))
+	switch {
+	case r.URL.Path == "/v2/":
+	case r.Method == http.MethodHead && !k.done:
+		w.WriteHeader(http.StatusNotFound)
+	case r.Method == http.MethodPost || r.Method == http.MethodPatch:
+		w.WriteHeader(http.StatusAccepted)
+	case r.Method == http.MethodPut:
+		k.done = true
+		w.WriteHeader(http.StatusCreated)
+	case strings.Contains(r.URL.Path, "/uploads/"):
+		w.WriteHeader(http.StatusNoContent)
+	default:
+		w.Write(k.have)
+	}
+}
+
+// narrow stands before a registry and lets no body larger than most through: it says so (413), or if there are kinds
+// of faults breaks the connection, and spoils every third chunk as well.
+type narrow struct {
+	*faults
+	most  int64
+	kinds []string
+
+	mu     sync.Mutex
+	sent   int64 // bytes of bodies
+	chunks int
+}
+
+// spoil picks what happens to a request.
+func (n *narrow) spoil(r *http.Request) string {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.sent += min(r.ContentLength, n.most)
+	if r.ContentLength > n.most {
+		if len(n.kinds) == 0 {
+			return "413"
+		}
+		return "reset"
+	}
+	if r.Method != http.MethodPatch {
+		return ""
+	}
+	n.chunks++
+	if len(n.kinds) == 0 || n.chunks%3 > 0 {
+		return ""
+	}
+	return n.kinds[n.chunks/3%len(n.kinds)]
+}
+
+func (n *narrow) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	switch kind := n.spoil(r); kind {
+	case "reset":
+		io.CopyN(io.Discard, r.Body, n.most)
+		drop(w)
+	case "413":
+		w.WriteHeader(http.StatusRequestEntityTooLarge)
+	case "429":
+		w.Header().Set("Retry-After", time.Now().Add(-time.Hour).UTC().Format(http.TimeFormat))
+		w.WriteHeader(http.StatusTooManyRequests)
+	default:
+		n.forward(w, r, kind)
+	}
+}
+
+// A large blob goes through a proxy that takes no large body, in chunks; those that arrived are not sent again.
+func TestChunks(t *testing.T) {
+	kept := httptest.NewServer(&keeping{})
+	t.Cleanup(kept.Close)
+	for _, test := range []struct {
+		name, upstream string
+		chunk          int64
+		kinds          []string
+	}{
+		{"413", distribution(t), 4 << 20, nil},
+		{"breaks", distribution(t), 1 << 20, []string{"429", "reset"}},
+		{"keeps", strings.TrimPrefix(kept.URL, "http://"), 1 << 20, []string{"429", "reset", "half", "unheard"}},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			n := &narrow{faults: &faults{upstream: test.upstream}, most: 1 << 20, kinds: test.kinds}
+			srv := httptest.NewServer(n)
+			t.Cleanup(srv.Close)
+			n.host = strings.TrimPrefix(srv.URL, "http://")
+			credentialsFor(t, "nobody.example")
+			data := make([]byte, 13<<20+12345)
+			rand.NewChaCha8([32]byte{}).Read(data)
+			c := open(Options{})
+			c.chunk = test.chunk
+			if err := c.PushBlob(t.Context(), n.host+"/a:1", blobOf(data), nil, opener(data)); err != nil {
+				t.Fatal(err)
+			}
+			r, err := open(Options{}).Blob(t.Context(), test.upstream+"/a:1", blobOf(data))
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer r.Close()
+			got, err := io.ReadAll(r)
+			if err != nil || !bytes.Equal(got, data) {
+				t.Errorf("%d bytes arrived, %v, want the %d that were sent", len(got), err, len(data))
+			}
+			if t.Logf("%d chunks, %d bytes sent for %d", n.chunks, n.sent, len(data)); n.chunks < 14 || n.sent > 2*int64(len(data)) {
+				t.Error("want at least 14 chunks, and not twice as many bytes")
+			}
+		})
+	}
+}
+
+// What the header says, and what an error of a request that is sent again elsewhere keeps of it.
+func TestRetryAfterForms(t *testing.T) {
+	for _, test := range []struct {
+		after, date string
+		want        time.Duration
+		says        bool
+	}{
+		{"", "", 0, false},
+		{"7", "", 7 * time.Second, true},
+		{" 0 ", "", 0, true},
+		{"-1", "", 0, false},
+		{"99999999999", "", 0, false},
+		{"soon", "", 0, false},
+		{"Fri, 31 Dec 1999 23:59:59 GMT", "Fri, 31 Dec 1999 23:59:49 GMT", 10 * time.Second, true},
+		{"Fri, 31 Dec 1999 23:59:59 GMT", "Sat, 01 Jan 2000 00:00:00 GMT", 0, true}, // it is over
+		{"Fri, 31 Dec 1999 23:59:59 GMT", "", 0, false},                             // whose clock?
+		{"Friday, 31-Dec-99 23:59:59 GMT", "Fri, 31 Dec 1999 23:59:00 GMT", 59 * time.Second, true},
+	} {
+		resp := &http.Response{StatusCode: 429, Body: http.NoBody, Header: http.Header{"Retry-After": {test.after}, "Date": {test.date}}}
+		got, says := retryAfter(resp)
+		if got != test.want || says != test.says {
+			t.Errorf("Retry-After %q at %q = %s, %v, want %s, %v", test.after, test.date, got, says, test.want, test.says)
+		}
+		if wait, ok := told(answered(resp)); wait != test.want || !ok {
+			t.Errorf("the error of Retry-After %q at %q says %s, %v, want %s", test.after, test.date, wait, ok, test.want)
+		}
+	}
+	if _, ok := told(&Error{after: 2 * patience}); ok {
+		t.Error("a wait of two minutes is accepted")
 	}
 }

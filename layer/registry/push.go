@@ -60,7 +60,7 @@ func (c *Client) send(ctx context.Context, s *session, e endpoint, d ocispec.Des
 			return nil
 		}
 	}
-	u := &upload{s: s, e: e, d: d, open: open}
+	u := &upload{s: s, e: e, d: d, open: open, first: c.chunk}
 	for try, arrived := 1, int64(0); ; try++ {
 		err := u.attempt(ctx)
 		if u.off > arrived { // it goes on, slowly
@@ -69,8 +69,15 @@ func (c *Client) send(ctx context.Context, s *session, e endpoint, d ocispec.Des
 		if err == nil || try == tries || ctx.Err() != nil || !worthResending(err) {
 			return err
 		}
-		if err := sleep(ctx, c.pause(try)); err != nil {
+		wait, ok := told(err)
+		if !ok {
 			return err
+		}
+		if err := sleep(ctx, max(wait, c.pause(try))); err != nil {
+			return err
+		}
+		if has, err := s.hasBlob(ctx, e, d.Digest); err == nil && has { // only the answer was lost
+			return nil
 		}
 	}
 }
@@ -140,7 +147,7 @@ func (c *Client) mayPush(ctx context.Context, e endpoint) error {
 	if err != nil {
 		return err
 	}
-	at, err := s.begin(ctx, e)
+	at, _, err := s.begin(ctx, e)
 	if err != nil {
 		return err
 	}

@@ -27,6 +27,7 @@ type Client struct {
 	o     Options
 	plain map[string]bool // hosts that may be spoken to in the clear
 	retry *retrying
+	chunk int64 // size of the chunks in which uploads that broke go on
 
 	mu       sync.Mutex
 	doors    map[string]*door
@@ -69,6 +70,7 @@ func Open(o Options) *Client {
 		told:     map[home]bool{},
 		pulls:    map[string]chan struct{}{},
 		pushes:   map[string]chan struct{}{},
+		chunk:    firstChunk,
 	}
 	for _, h := range o.Insecure {
 		c.plain[h] = true

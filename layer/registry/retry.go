@@ -93,12 +93,37 @@ func (t *retrying) wait(try int, resp *http.Response) (time.Duration, bool) {
 	if resp == nil {
 		return d, true
 	}
-	s, err := strconv.Atoi(strings.TrimSpace(resp.Header.Get("Retry-After")))
-	if err != nil || s < 0 {
-		return d, true
+	if told, ok := retryAfter(resp); ok {
+		return told, told <= patience
 	}
-	told := time.Duration(s) * time.Second
-	return max(told, 0), told <= patience
+	return d, true
+}
+
+// retryAfter returns how long the registry wants to be left alone, and whether it says so: in seconds, or as a time,
+// which is counted from the time that its own clock shows.
+func retryAfter(resp *http.Response) (time.Duration, bool) {
+	text := strings.TrimSpace(resp.Header.Get("Retry-After"))
+	if s, err := strconv.ParseUint(text, 10, 31); err == nil {
+		return time.Duration(s) * time.Second, true
+	}
+	until, err := http.ParseTime(text)
+	if err != nil {
+		return 0, false
+	}
+	now, err := http.ParseTime(resp.Header.Get("Date"))
+	if err != nil {
+		return 0, false
+	}
+	return max(until.Sub(now), 0), true
+}
+
+// told returns how long the registry said to wait with an error, and false if that is more than we have patience for.
+func told(err error) (time.Duration, bool) {
+	var e *Error
+	if !errors.As(err, &e) {
+		return 0, true
+	}
+	return e.after, e.after <= patience
 }
 
 // passing reports whether an outcome is worth another try.
