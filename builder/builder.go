@@ -85,6 +85,7 @@ type Request struct {
 	ShmSize  int64             // bytes; 0 is the default
 	Ulimits  []sandbox.Ulimit
 	Limits   sandbox.Limits
+	Scan     *attest.Scanner    // scans the result; nil for none
 	Allow    []string           // entitlements: "network.host", "security.insecure"
 	Epoch    *int64             // SOURCE_DATE_EPOCH: pins "created" and clamps file times
 	Ships    *layer.Compression // how layers of the result leave the store; nil if no layer leaves (type=local, type=tar, no output)
@@ -124,9 +125,10 @@ type Agent func(ctx context.Context) (net.Conn, error)
 type Result struct {
 	Images   []*image.Image // one a platform, in the order asked for
 	Warnings []dockerfile.Warning
-	Made     []Made          // what each step made or found, for shared caches; bases first, each key once
-	Epoch    *int64          // SOURCE_DATE_EPOCH as it was found; nil if times are real
-	Records  []attest.Record // what went into each image
+	Made     []Made               // what each step made or found, for shared caches; bases first, each key once
+	Scans    [][]attest.Statement // what the scanner found in each image
+	Epoch    *int64               // SOURCE_DATE_EPOCH as it was found; nil if times are real
+	Records  []attest.Record      // what went into each image
 }
 
 // Made is a layer and the key it can be found under.

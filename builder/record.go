@@ -9,7 +9,6 @@ import (
 
 	"filo/builder/attest"
 	"filo/builder/image"
-	"filo/dockerfile"
 )
 
 // inputs collects what a walk takes from elsewhere.
@@ -45,11 +44,15 @@ func (in *inputs) fetched(url string, f Fetched) {
 }
 
 // record returns what went into the result, once its stages are built.
-func (w *walk) record(ctx context.Context, stages []*dockerfile.Stage) (attest.Record, error) {
+func (w *walk) record(ctx context.Context) (attest.Record, error) {
 	w.inputs.mu.Lock()
 	defer w.inputs.mu.Unlock()
 	r := w.inputs.all
 	r.Sort()
+	stages, err := w.file.Plan(w.req.Target)
+	if err != nil {
+		return r, err
+	}
 	for _, s := range stages {
 		run, err := w.stage(ctx, s)
 		if err != nil {

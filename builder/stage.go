@@ -63,6 +63,7 @@ func (b *build) run(ctx context.Context) (Result, error) {
 		wanted = []ocispec.Platform{platforms.Normalize(platforms.DefaultSpec())}
 	}
 	images, records := make([]*image.Image, len(wanted)), make([]attest.Record, len(wanted))
+	scans := make([][]attest.Statement, len(wanted))
 	walks := make([]*walk, len(wanted))
 	g, gctx := errgroup.WithContext(ctx)
 	for i, p := range wanted {
@@ -76,7 +77,13 @@ func (b *build) run(ctx context.Context) (Result, error) {
 	}
 	for i, w := range walks {
 		g.Go(func() (err error) {
-			images[i], records[i], err = w.result(gctx)
+			if images[i], err = w.result(gctx); err != nil {
+				return err
+			}
+			if scans[i], err = w.scan(gctx); err != nil {
+				return err
+			}
+			records[i], err = w.record(gctx)
 			return err
 		})
 	}
@@ -84,7 +91,7 @@ func (b *build) run(ctx context.Context) (Result, error) {
 	for _, f := range b.files.all() {
 		err = errors.Join(err, f.Save())
 	}
-	return Result{Images: images, Warnings: walks[0].warnings(), Made: b.made.all, Epoch: b.req.Epoch, Records: records}, err
+	return Result{Images: images, Warnings: walks[0].warnings(), Made: b.made.all, Epoch: b.req.Epoch, Records: records, Scans: scans}, err
 }
 
 // parse reads the Dockerfile for platform p. If it or the caller says that SOURCE_DATE_EPOCH is the time of something,
@@ -154,15 +161,15 @@ func (b *build) modified(ctx context.Context, steps []dockerfile.Step) (*int64, 
 }
 
 // result builds the target with all it needs, each stage as soon as what it needs is there.
-func (w *walk) result(ctx context.Context) (*image.Image, attest.Record, error) {
+func (w *walk) result(ctx context.Context) (*image.Image, error) {
 	stages, err := w.file.Plan(w.req.Target)
 	if err != nil {
-		return nil, attest.Record{}, err
+		return nil, err
 	}
 	w.target = stages[len(stages)-1]
 	if w.file.FailOnWarnings() {
 		if err := w.check(ctx, stages); err != nil {
-			return nil, attest.Record{}, err
+			return nil, err
 		}
 	}
 	ctx, cancel := context.WithCancel(ctx)
@@ -190,17 +197,13 @@ func (w *walk) result(ctx context.Context) (*image.Image, attest.Record, error) 
 		err = berr
 	}
 	if err != nil {
-		return nil, attest.Record{}, err
-	}
-	record, err := w.record(ctx, stages)
-	if err != nil {
-		return nil, attest.Record{}, err
+		return nil, err
 	}
 	r, err := w.stage(ctx, w.target)
 	if err != nil {
-		return nil, attest.Record{}, err
+		return nil, err
 	}
-	return r.image(), record, nil
+	return r.image(), nil
 }
 
 // check refuses the build for what the build checks find, where the Dockerfile asks for that.

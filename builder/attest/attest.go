@@ -6,7 +6,7 @@
 // The same build gives the same bytes if times and an invocation ID are not given.
 //
 // Start at [Build.Provenance]. option.go reads --provenance and --attest, record.go is what the builder tells of an
-// image, provenance.go makes the predicate, steps.go describes the steps for mode=max.
+// image, provenance.go makes the predicate, steps.go describes the steps for mode=max, scan.go reads what a scanner found.
 package attest
 
 import (
@@ -43,6 +43,7 @@ type Statement struct {
 	File      string // base name where statements are files
 	Images    bool   // inline-only: not where statements are files
 	Body      json.RawMessage
+	Subjects  []Subject // what it is about, if it is not about the result as a whole
 }
 
 // Subject is one thing that a statement is about.
@@ -62,7 +63,9 @@ func (s Statement) Marshal(subjects []Subject) ([]byte, error) {
 	if s.Predicate == provenance1 {
 		kind = statement1
 	}
-	if subjects == nil {
+	if s.Subjects != nil {
+		subjects = s.Subjects
+	} else if subjects == nil {
 		subjects = []Subject{}
 	}
 	b, err := json.Marshal(struct {

@@ -4,6 +4,7 @@ import (
 	"crypto/rand"
 	"fmt"
 	"path"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -56,12 +57,15 @@ func (o *origin) nest(r attest.Record) {
 // statements returns what is stated about each image; nil if nothing is wanted.
 func (j *job) statements(r builder.Result) func(int, []ocispec.Descriptor) ([]attest.Statement, error) {
 	if j.wanted.Provenance == nil {
-		return nil
+		if j.wanted.SBOM == nil {
+			return nil
+		}
+		return func(n int, _ []ocispec.Descriptor) ([]attest.Statement, error) { return r.Scans[n], nil }
 	}
 	b := j.provenance(*j.wanted.Provenance, r)
 	return func(n int, layers []ocispec.Descriptor) ([]attest.Statement, error) {
 		s, err := b.Provenance(j.record(r, n), layers)
-		return []attest.Statement{s}, err
+		return slices.Concat(r.Scans[n], []attest.Statement{s}), err
 	}
 }
 

@@ -64,13 +64,10 @@ func (a *app) runBuild(cmd *cobra.Command, f *buildFlags, ref string) error {
 		return wrong(err)
 	}
 	wanted, err := attest.Parse(f.results.attest, f.results.provenance, f.results.sbom)
-	if err == nil && wanted.SBOM != nil {
-		err = errors.New("--sbom is not supported yet; leave it out or say --sbom=false")
-	}
 	if err != nil {
 		return wrong(err)
 	}
-	outputs, err := f.results.parse(len(req.Platforms), req.MultiPlatform || wanted.Provenance != nil, a.data())
+	outputs, err := f.results.parse(len(req.Platforms), req.MultiPlatform || wanted != (attest.Wanted{}), a.data())
 	if err != nil {
 		return wrong(err)
 	}
@@ -176,7 +173,7 @@ func (j *job) newBuilder() *builder.Builder {
 // build builds, exports, and writes the files about the result.
 func (j *job) build(ctx context.Context) error {
 	b := j.newBuilder()
-	j.req.Ground, j.req.SingleID = j.ground, j.ground.SingleID
+	j.req.Ground, j.req.SingleID, j.req.Scan = j.ground, j.ground.SingleID, j.wanted.SBOM
 	j.checkLimits()
 	for _, o := range j.outputs {
 		if c := o.Compression(); c != nil && j.req.Ships == nil {

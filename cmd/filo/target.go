@@ -37,6 +37,7 @@ func (j *job) targetContext(name, value string) (builder.Named, error) {
 			req.File, req.FileName = text, fileName
 		}
 		req.Target, req.Platforms, req.Labels, req.Ships = stage, []ocispec.Platform{p}, nil, nil
+		req.Scan = nil
 		req.Named = maps.Clone(j.req.Named)
 		delete(req.Named, name) // a stage that needs itself through its own name
 		b := j.newBuilder()
