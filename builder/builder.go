@@ -24,6 +24,7 @@ import (
 	"filo/builder/attest"
 	"filo/builder/image"
 	"filo/builder/sandbox"
+	"filo/builder/sbom"
 	"filo/cache"
 	"filo/dockerfile"
 	"filo/layer"
@@ -86,6 +87,7 @@ type Request struct {
 	Ulimits  []sandbox.Ulimit
 	Limits   sandbox.Limits
 	Scan     *attest.Scanner    // scans the result; nil for none
+	Title    sbom.Subject       // what an SBOM calls the result and who makes it
 	Allow    []string           // entitlements: "network.host", "security.insecure"
 	Epoch    *int64             // SOURCE_DATE_EPOCH: pins "created" and clamps file times
 	Ships    *layer.Compression // how layers of the result leave the store; nil if no layer leaves (type=local, type=tar, no output)

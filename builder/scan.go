@@ -13,6 +13,7 @@ import (
 	dockerspec "github.com/moby/docker-image-spec/specs-go/v1"
 
 	"filo/builder/attest"
+	"filo/builder/sbom"
 	"filo/dockerfile"
 	"filo/layer"
 )
@@ -34,11 +35,44 @@ func (w *walk) scan(ctx context.Context) ([]attest.Statement, error) {
 	if s == nil {
 		return nil, nil
 	}
+	if s.Generator == "" {
+		return w.list(ctx)
+	}
 	found, err := w.scanWith(ctx, *s)
 	if err != nil {
 		err = w.target.Locate(fmt.Errorf("scanner %s: %w", s.Generator, err))
 	}
 	return found, err
+}
+
+// list lists the packages in the target itself.
+func (w *walk) list(ctx context.Context) ([]attest.Statement, error) {
+	v := w.start("[%s] listing packages", w.scanLabel())
+	r, err := w.stage(ctx, w.target)
+	if err != nil {
+		return nil, v.end(ctx, err)
+	}
+	view, err := w.Store.View(ctx, r.layers)
+	if err != nil {
+		return nil, v.end(ctx, err)
+	}
+	about := w.req.Title
+	if t := r.image().Config.Created; t != nil {
+		about.Created = *t
+	}
+	document, unlisted, err := sbom.Scan(ctx, view, about)
+	if unlisted != "" {
+		w.warn("the SBOM does not list %s, which filo cannot read: use --sbom=generator=IMAGE for them", unlisted)
+	}
+	return []attest.Statement{attest.SBOM(document)}, v.end(ctx, err)
+}
+
+// scanLabel is what vertices of a scan begin with.
+func (w *walk) scanLabel() string {
+	if len(w.req.Platforms) > 1 {
+		return platforms.FormatAll(w.platform) + " sbom"
+	}
+	return "sbom"
 }
 
 func (w *walk) scanWith(ctx context.Context, s attest.Scanner) ([]attest.Statement, error) {
@@ -52,15 +86,11 @@ func (w *walk) scanWith(ctx context.Context, s attest.Scanner) ([]attest.Stateme
 		return nil, errors.New("its image has neither ENTRYPOINT nor CMD")
 	}
 	r.layers = img.Layers
-	label := "sbom"
-	if len(w.req.Platforms) > 1 {
-		label = platforms.FormatAll(w.platform) + " sbom"
-	}
 	for _, st := range []struct {
 		verb string
 		op   dockerfile.Op
 	}{{"preparing", &dockerfile.Mkdir{Path: scanResult}}, {"generating sbom using", run}} {
-		name := fmt.Sprintf("[%s] %s %s", label, st.verb, familiar(s.Generator))
+		name := fmt.Sprintf("[%s] %s %s", w.scanLabel(), st.verb, familiar(s.Generator))
 		if err := w.try(ctx, r, dockerfile.Step{Start: w.target.Line, End: w.target.Line, Op: st.op}, name); err != nil {
 			return nil, err
 		}

@@ -38,6 +38,7 @@ func TestParse(t *testing.T) {
 		{[]string{"type=provenance,complete-materials=true"}, "", "", changed(func(o *Options) { o.Complete = true })},
 		{[]string{"type=provenance,mode=odd,disabled=true"}, "", "", Wanted{}},
 		{[]string{"type=sbom,generator=x,select=a b"}, "", "", Wanted{SBOM: &Scanner{"x", []string{"BUILDKIT_SCAN_SELECT=a b"}}}},
+		{nil, "", "true", Wanted{SBOM: &Scanner{}}},
 		{nil, "", "generator=r/x:1", Wanted{SBOM: &Scanner{Generator: "r/x:1"}}},
 	} {
 		got, err := Parse(tt.attests, tt.provenance, tt.sbom)
@@ -59,7 +60,7 @@ func TestParse(t *testing.T) {
 		{"", "filename=../x", "", "file name"},
 		{"", "capture-usage=true", "", "not supported"},
 		{"", "reproducible=perhaps", "", "true or false"},
-		{"", "", "true", "generator=IMAGE"},
+		{"", "", "select=x", "generator=IMAGE"},
 	} {
 		var attests []string
 		if tt.attest != "" {

@@ -30,7 +30,7 @@ type Wanted struct {
 
 // Scanner is what --sbom says.
 type Scanner struct {
-	Generator string   // image that scans
+	Generator string   // image that scans; "" for filo's own way
 	Env       []string // "BUILDKIT_SCAN_KEY=VALUE" for it
 }
 
@@ -182,8 +182,8 @@ func (w *Wanted) addScanner(attrs [][2]string) error {
 		}
 		s.Env = append(s.Env, "BUILDKIT_SCAN_"+strings.ToUpper(a[0])+"="+a[1])
 	}
-	if s.Generator == "" {
-		return errors.New("filo brings no scanner of its own: name an image with generator=IMAGE, one that speaks BuildKit's scanner protocol")
+	if s.Generator == "" && len(s.Env) > 0 {
+		return fmt.Errorf("unknown attribute %q of type=sbom: others than generator are for generator=IMAGE", attrs[0][0])
 	}
 	w.SBOM = s
 	return nil

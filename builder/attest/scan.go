@@ -10,6 +10,11 @@ import (
 // spdx is the type of the predicate that an SBOM is.
 const spdx = "https://spdx.dev/Document"
 
+// SBOM returns the statement that is the given SPDX document.
+func SBOM(document []byte) Statement {
+	return Statement{Predicate: spdx, File: "sbom.spdx.json", Body: document}
+}
+
 // Scanned reads an in-toto statement that a scanner wrote to a file of that name. It must be an SBOM: what a scanner says
 // about anything else is not asked for. What it says it is about counts only if it says so.
 func Scanned(file string, data []byte) (Statement, error) {

@@ -69,6 +69,15 @@ func (j *job) statements(r builder.Result) func(int, []ocispec.Descriptor) ([]at
 	}
 }
 
+// title is the first name of the result; "" for none.
+func (j *job) title() string {
+	names, err := j.flags.results.names()
+	if err != nil || len(names) == 0 {
+		return ""
+	}
+	return names[0]
+}
+
 // record is what went into an image.
 func (j *job) record(r builder.Result, n int) attest.Record {
 	rec := r.Records[n]

@@ -14,6 +14,7 @@ import (
 	"filo/builder"
 	"filo/builder/attest"
 	"filo/builder/export"
+	"filo/builder/sbom"
 	"filo/cache/remote"
 	"filo/cmd/filo/progress"
 )
@@ -174,6 +175,7 @@ func (j *job) newBuilder() *builder.Builder {
 func (j *job) build(ctx context.Context) error {
 	b := j.newBuilder()
 	j.req.Ground, j.req.SingleID, j.req.Scan = j.ground, j.ground.SingleID, j.wanted.SBOM
+	j.req.Title = sbom.Subject{Name: j.title(), Tool: "filo-" + version(), Created: j.begin}
 	j.checkLimits()
 	for _, o := range j.outputs {
 		if c := o.Compression(); c != nil && j.req.Ships == nil {

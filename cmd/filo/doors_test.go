@@ -28,6 +28,7 @@ var floors = map[string]int{
 	"cache":             2,
 	"builder/attest":    1,
 	"cache/mounts":      2,
+	"builder/sbom":      1,
 	"builder/source":    1,
 	"layer":             1,
 	"builder/sandbox":   0,

@@ -107,9 +107,9 @@ func (f *resultFlags) register(fs *pflag.FlagSet) {
 	fs.StringVar(&f.metadata, "metadata-file", "", "write digests and names of the result to a `file`, as JSON")
 	fs.StringArrayVar(&f.cacheFrom, "cache-from", nil, "take over what other builds made: an image `reference`, or type=registry,ref=REF, type=local,src=DIR, type=s3,bucket=NAME,…; cache-mounts=true fills empty cache mounts of RUN, too; may be repeated")
 	fs.StringArrayVar(&f.cacheTo, "cache-to", nil, "share what this build made: a `reference`, or type=registry,ref=REF, type=local,dest=DIR, type=s3,bucket=NAME,…, type=inline; mode=max shares all stages, cache-mounts=true what RUN --mount=type=cache keeps (up to cache-mounts-max=2GB); may be repeated")
-	fs.StringArrayVar(&f.attest, "attest", nil, "state how the image was made, beside it: `type=provenance,mode=max` or type=sbom,generator=IMAGE; images have no attestations unless asked for")
+	fs.StringArrayVar(&f.attest, "attest", nil, "state how the image was made, beside it: `type=provenance,mode=max` or type=sbom; images have no attestations unless asked for")
 	fs.StringVar(&f.provenance, "provenance", "", "same as --attest=type=provenance: `true`, false, or mode=min|max,version=v1|v0.2,builder-id=URI,reproducible=true,inline-only=true (default false)")
-	fs.StringVar(&f.sbom, "sbom", "", "same as --attest=type=sbom: `generator=IMAGE` scans the result (default false)")
+	fs.StringVar(&f.sbom, "sbom", "", "same as --attest=type=sbom: `true` lists packages of dpkg, apk, Go programs, npm and Python, generator=IMAGE lets a scanner do it (default false)")
 	fs.Lookup("provenance").NoOptDefVal = "true"
 	fs.Lookup("sbom").NoOptDefVal = "true"
 }
