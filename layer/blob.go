@@ -32,7 +32,8 @@ type promise struct {
 // Promise says that the blob d of l can be had from fetch. It is fetched when
 // something needs it, at most once; then digest, size and diff ID are
 // verified, the blob is stored and the layer indexed. fetch may be called
-// from any goroutine until the store is closed.
+// from any goroutine until the store is closed. If what it returns has a method
+// Ref() string, errors name the blob by that.
 func (s *Store) Promise(l Layer, d ocispec.Descriptor, fetch func(context.Context) (io.ReadCloser, error)) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -480,13 +481,18 @@ type verifier struct {
 	ctx  context.Context
 	r    io.Reader
 	want digest.Digest
+	name string // in errors
 	left int64
 	hash hash.Hash
 	err  error
 }
 
 func newVerifier(ctx context.Context, r io.Reader, want digest.Digest, size int64) *verifier {
-	return &verifier{ctx: ctx, r: r, want: want, left: size, hash: sha256.New()}
+	name := want.String()
+	if from, ok := r.(interface{ Ref() string }); ok {
+		name = from.Ref()
+	}
+	return &verifier{ctx: ctx, r: r, want: want, name: name, left: size, hash: sha256.New()}
 }
 
 func (v *verifier) Read(p []byte) (int, error) {
@@ -498,7 +504,7 @@ func (v *verifier) Read(p []byte) (int, error) {
 	}
 	n, err := v.r.Read(p)
 	if int64(n) > v.left {
-		v.err = fmt.Errorf("%s: %w: longer than it should be", v.want, errMismatch)
+		v.err = fmt.Errorf("%s: %w: longer than it should be", v.name, errMismatch)
 		return 0, v.err
 	}
 	v.hash.Write(p[:n])
@@ -512,10 +518,10 @@ func (v *verifier) Read(p []byte) (int, error) {
 
 func (v *verifier) atEnd() error {
 	if v.left > 0 {
-		return fmt.Errorf("%s: %w: %d bytes are missing", v.want, errMismatch, v.left)
+		return fmt.Errorf("%s: %w: %d bytes are missing", v.name, errMismatch, v.left)
 	}
 	if digest.NewDigest(digest.SHA256, v.hash) != v.want {
-		return fmt.Errorf("%s: %w", v.want, errMismatch)
+		return fmt.Errorf("%s: %w", v.name, errMismatch)
 	}
 	return io.EOF
 }

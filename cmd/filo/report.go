@@ -93,8 +93,10 @@ func hint(err error, tail []string) string {
 		return exitHint(exit, strings.Join(tail, "\n"))
 	}
 	switch {
-	case registry.Is(err, registry.Unauthorized), registry.Is(err, registry.Denied):
+	case registry.Is(err, registry.Unauthorized):
 		return "log in with `docker login`, or set DOCKER_CONFIG to a directory whose config.json has credentials"
+	case registry.Is(err, registry.Denied):
+		return "the registry knows who asks and refuses: the account lacks the right, or it is the wrong one (`docker login`, DOCKER_CONFIG)"
 	case errors.Is(err, syscall.ENOSPC):
 		return "the disk is full: `filo prune` makes room, --root moves the state directory"
 	case where == nil && (errors.Is(err, syscall.EROFS) || errors.Is(err, fs.ErrPermission)):

@@ -42,7 +42,8 @@ func (c *Client) Manifest(ctx context.Context, ref string, d digest.Digest) (oci
 }
 
 // Blob opens a blob. A connection that breaks is taken up again where it broke. The bytes are not verified:
-// whoever stores them does that. The reader counts as a transfer until it is closed.
+// whoever stores them does that. The reader counts as a transfer until it is closed, and has a method Ref that tells
+// what it reads.
 func (c *Client) Blob(ctx context.Context, ref string, d ocispec.Descriptor) (io.ReadCloser, error) {
 	n, err := c.parse(ref)
 	if err != nil {
@@ -340,6 +341,9 @@ func (d *download) reopen() error {
 		}
 	}
 }
+
+// Ref names the blob in the errors of whoever verifies it.
+func (d *download) Ref() string { return d.ref }
 
 // Close implements io.Closer.
 func (d *download) Close() error {
