@@ -32,6 +32,7 @@ type target struct {
 	sent    map[digest.Digest]*sending // by diff ID
 	known   *index                     // what was there when it was first read
 	version string
+	silent  error // that it did not answer: nobody waits for that twice
 }
 
 // sending is a layer on its way, or arrived.
@@ -160,18 +161,24 @@ func pause(ctx context.Context, try int) error {
 	}
 }
 
-// read returns what the place holds, asking once.
+// read returns what the place holds, asking once. A place that does not answer soon is not written to.
 func (t *target) read(ctx context.Context) (*index, string, error) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	if t.known == nil {
-		x, version, err := t.place.read(ctx)
+	if t.known == nil && t.silent == nil {
+		soon, cancel := context.WithTimeout(ctx, t.c.answer)
+		defer cancel()
+		x, version, err := t.place.read(soon)
+		if err != nil && soon.Err() != nil && ctx.Err() == nil {
+			t.silent = fmt.Errorf("no answer within %s", t.c.answer)
+			err = t.silent
+		}
 		if err != nil {
 			return nil, "", err
 		}
 		t.known, t.version = x, version
 	}
-	return t.known, t.version, nil
+	return t.known, t.version, t.silent
 }
 
 // entries sends the layers of what was made and returns their records.

@@ -51,6 +51,7 @@ type Cache struct {
 	sources []*source
 	targets []*target
 	reading errgroup.Group
+	answer  time.Duration // how long a target has to tell what it holds
 
 	mu      sync.Mutex
 	fetched map[digest.Digest]fetched // promised layers of which somebody wanted the bytes, by diff ID
@@ -75,7 +76,7 @@ type Options struct {
 	SingleID bool                          // owners are not put on disk
 }
 
-// readTime is how long a source has to tell what it holds; after that the build goes on without it.
+// readTime is how long a place has to tell what it holds; after that the build goes on without it.
 const readTime = 10 * time.Second
 
 // Open begins to read the sources. Targets are not written before [Cache.Offer] or [Cache.Export].
@@ -86,7 +87,7 @@ func Open(ctx context.Context, o Options, from, to []Spec) (*Cache, error) {
 	if o.Report == nil {
 		o.Report = func(string) func(error) { return func(error) {} }
 	}
-	c := &Cache{o: o, fetched: map[digest.Digest]fetched{}, lost: map[digest.Digest]bool{}}
+	c := &Cache{o: o, answer: readTime, fetched: map[digest.Digest]fetched{}, lost: map[digest.Digest]bool{}}
 	for _, s := range from {
 		p, err := c.place(s, false)
 		if err != nil {

@@ -18,6 +18,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -607,6 +608,39 @@ func TestTargetsThatFail(t *testing.T) {
 	}
 	if _, err := os.Stat(filepath.Join(dir, "index.json")); errors.Is(err, fs.ErrNotExist) {
 		t.Error("the target after the one that failed was not written")
+	}
+}
+
+// A registry that accepts connections and never answers is asked once, however many layers there are.
+func TestSilentTarget(t *testing.T) {
+	done := make(chan struct{})
+	var asked atomic.Int32
+	srv := httptest.NewServer(http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) {
+		asked.Add(1)
+		select {
+		case <-done:
+		case <-r.Context().Done():
+		}
+	}))
+	t.Cleanup(srv.Close)
+	t.Cleanup(func() { close(done) })
+	t.Setenv("DOCKER_CONFIG", t.TempDir())
+	r := newRunner(t)
+	c := r.open(nil, []string{"type=registry,mode=max,ignore-error=true,ref=" + strings.TrimPrefix(srv.URL, "http://") + "/c:1"})
+	c.answer = time.Second
+	var made []Made
+	for i := range 6 {
+		made = append(made, r.make(fmt.Sprint(i), fmt.Sprint(i), false))
+		c.Offer(t.Context(), made[i])
+	}
+	if err := c.Export(t.Context(), made, nil); err != nil {
+		t.Errorf("Export with ignore-error=true = %v", err)
+	}
+	if n := asked.Load(); n != 1 {
+		t.Errorf("the registry was asked %d times, want once", n)
+	}
+	if len(r.warnings) != 1 || !strings.Contains(r.warnings[0], "no answer within 1s") {
+		t.Errorf("warnings: %q, want one", r.warnings)
 	}
 }
 

@@ -556,3 +556,49 @@ func TestRetryAfterForms(t *testing.T) {
 		t.Error("a wait of two minutes is accepted")
 	}
 }
+
+// A transfer that stands still is taken up again on another connection.
+func TestStandstill(t *testing.T) {
+	data := bytes.Repeat([]byte("0123456789abcdef"), 1<<18)
+	k := &keeping{}
+	var mu sync.Mutex
+	still := map[string]bool{http.MethodPut: true, http.MethodGet: true} // the first of each
+	release := make(chan struct{})
+	srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		mu.Lock()
+		stop := still[r.Method] && (r.Method == http.MethodPut || strings.Contains(r.URL.Path, "/blobs/sha256:"))
+		if stop {
+			still[r.Method] = false
+		}
+		mu.Unlock()
+		switch {
+		case stop && r.Method == http.MethodPut:
+			io.CopyN(io.Discard, r.Body, 100)
+			<-release
+			return
+		case stop:
+			w.Header().Set("Content-Length", fmt.Sprint(len(data)))
+			w.Write(data[:1000])
+			w.(http.Flusher).Flush()
+			<-release
+			return
+		}
+		k.ServeHTTP(w, r)
+	}))
+	t.Cleanup(srv.Close)
+	t.Cleanup(func() { close(release) })
+	credentialsFor(t, "nobody.example")
+	ref := strings.TrimPrefix(srv.URL, "http://") + "/a:1"
+	c := open(Options{})
+	c.still = 200 * time.Millisecond
+	if err := c.PushBlob(t.Context(), ref, blobOf(data), nil, opener(data)); err != nil {
+		t.Fatal(err)
+	}
+	got, err := read(t, c, ref, blobOf(data))
+	if err != nil || !bytes.Equal(got, data) {
+		t.Errorf("%d bytes came back, %v, want %d", len(got), err, len(data))
+	}
+	if still[http.MethodPut] || still[http.MethodGet] {
+		t.Error("nothing stood still")
+	}
+}

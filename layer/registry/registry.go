@@ -5,7 +5,7 @@
 // listed as insecure. Credentials come from Docker's configuration and its helpers and are never printed.
 //
 // Start at [Open]. registry.go finds out what a reference means, name.go reads references and mirrors,
-// config.go reads configurations, read.go fetches, push.go and upload.go send, current.go is for those who change what a tag
+// config.go reads configurations, read.go fetches, push.go and upload.go send, stall.go watches transfers, current.go is for those who change what a tag
 // names, session.go and token.go sign in, certs.go knows whom to trust, retry.go tries again, error.go says
 // what went wrong.
 package registry
@@ -27,7 +27,8 @@ type Client struct {
 	o     Options
 	plain map[string]bool // hosts that may be spoken to in the clear
 	retry *retrying
-	chunk int64 // size of the chunks in which uploads that broke go on
+	chunk int64         // size of the chunks in which uploads that broke go on
+	still time.Duration // how long a transfer may stand still
 
 	mu       sync.Mutex
 	doors    map[string]*door
@@ -71,6 +72,7 @@ func Open(o Options) *Client {
 		pulls:    map[string]chan struct{}{},
 		pushes:   map[string]chan struct{}{},
 		chunk:    firstChunk,
+		still:    stillness,
 	}
 	for _, h := range o.Insecure {
 		c.plain[h] = true

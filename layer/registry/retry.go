@@ -158,6 +158,9 @@ func rewound(req *http.Request) (*http.Request, error) {
 // broken reports whether a connection that existed broke. One that was refused is not tried again: for a
 // mirror that is down the origin is asked at once.
 func broken(err error) bool {
+	if errors.Is(err, errStalled) {
+		return true
+	}
 	if errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded) {
 		return false
 	}

@@ -6,6 +6,7 @@ import (
 	"net/http"
 	"strings"
 	"sync"
+	"time"
 
 	"github.com/google/go-containerregistry/pkg/authn"
 	ggcr "github.com/google/go-containerregistry/pkg/name"
@@ -25,6 +26,7 @@ type session struct {
 	client *http.Client
 	base   string // SCHEME://HOST/v2/
 	hint   error  // why there are no credentials although some are configured
+	still  time.Duration
 }
 
 // door is how a host wants to be spoken to, found out once.
@@ -81,7 +83,7 @@ func (c *Client) signIn(ctx context.Context, k sessionKey, s *session) error {
 	}
 	s.client = &http.Client{Transport: signed}
 	s.base = d.scheme + "://" + d.host + "/v2/"
-	s.hint = hint
+	s.hint, s.still = hint, c.still
 	return nil
 }
 
@@ -131,12 +133,15 @@ func (k sessionKey) scopes() []string {
 	return scopes
 }
 
-// do sends a request. Errors carry no reference yet.
+// do sends a request. Errors carry no reference yet. The body of the response does not stand still for ever.
 func (s *session) do(req *http.Request) (*http.Response, error) {
-	resp, err := s.client.Do(req)
+	ctx, dog := watch(req.Context(), s.still)
+	resp, err := s.client.Do(req.WithContext(ctx))
 	if err != nil {
+		dog.end()
 		return nil, withHint(err, s.hint)
 	}
+	resp.Body = &watched{resp.Body, ctx, dog}
 	if resp.StatusCode == http.StatusUnauthorized && s.hint != nil {
 		defer resp.Body.Close()
 		return nil, withHint(answered(resp), s.hint)
