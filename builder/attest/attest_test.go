@@ -105,6 +105,7 @@ func build(t *testing.T, text string) (Build, Record) {
 		Options: Options{File: "provenance.json"}, Version: "v9", Platform: "linux/amd64", Here: true, File: "Dockerfile", Dockerfile: []byte(text),
 		Args:     map[string]string{"build-arg:TOKEN": "hush", "label:l": "lll", "target": "end", "context:x": "https://me:pw@h/x.tar"},
 		Contexts: map[string]Context{"": {Local: true}},
+		VCS:      map[string]string{"source": "https://me:pw@g/r.git", "revision": "abc"},
 	}, r
 }
 
@@ -121,6 +122,7 @@ COPY <<X /doc
 text
 X
 ADD https://me:pw@h/f.tar#x /d/
+COPY --link --from=one /hi /l
 WORKDIR /w
 RUN --network=none --mount=from=one,target=/m true
 `
@@ -154,6 +156,9 @@ func TestMinTellsLittle(t *testing.T) {
 	if m.Completeness.Request || m.Completeness.ResolvedDependencies || m.Hermetic || m.StartedOn != nil || m.FinishedOn != nil {
 		t.Errorf("metadata: %+v", m)
 	}
+	if vcs := m.BuildKitMetadata.VCS; vcs["source"] != "https://xxxxx:xxxxx@g/r.git" || vcs["revision"] != "abc" {
+		t.Errorf("checkout: %v", vcs)
+	}
 	if p.RunDetails.Builder.ID != "pkg:generic/filo@v9" {
 		t.Errorf("builder: %s", p.RunDetails.Builder.ID)
 	}
@@ -164,7 +169,7 @@ func TestMaxDescribesSteps(t *testing.T) {
 	b, r := build(t, text)
 	b.Max = true
 	r.Fetched = []Fetched{{URL: "https://me:pw@h/f.tar#x", Digest: digest.FromString("f")}}
-	layers := []ocispec.Descriptor{{Digest: "sha256:1"}, {Digest: "sha256:2"}, {Digest: "sha256:3"}, {Digest: "sha256:4"}, {Digest: "sha256:5"}, {Digest: "sha256:6"}}
+	layers := []ocispec.Descriptor{{Digest: "sha256:1"}, {Digest: "sha256:2"}, {Digest: "sha256:3"}, {Digest: "sha256:4"}, {Digest: "sha256:5"}, {Digest: "sha256:6"}, {Digest: "sha256:7"}}
 	s, p := provenance(t, b, r, layers...)
 	if strings.Contains(string(s.Body), "pw@") {
 		t.Errorf("tells a password:\n%s", s.Body)
@@ -187,7 +192,7 @@ func TestMaxDescribesSteps(t *testing.T) {
 		seen[st.ID] = true
 		kinds = append(kinds, strings.TrimPrefix(fmt.Sprintf("%T", st.Op.Op), "*pb.Op_"))
 	}
-	want := []string{"Source", "File", "Exec", "File", "File", "Source", "File", "File", "Exec"}
+	want := []string{"Source", "File", "Exec", "File", "File", "Source", "File", "File", "Merge", "File", "Exec"}
 	if !slices.Equal(kinds, want) {
 		t.Errorf("steps: %v, want %v", kinds, want)
 	}
@@ -195,7 +200,7 @@ func TestMaxDescribesSteps(t *testing.T) {
 	if string(m.Source.Infos[0].Data) != text || m.Source.Infos[0].Filename != "Dockerfile" {
 		t.Errorf("source: %+v", m.Source.Infos)
 	}
-	if n := len(m.Layers["step8:0"]); n != 1 || len(m.Layers["step8:0"][0]) != 6 || len(m.Layers["step0:0"][0]) != 1 || m.Layers["step2:0"] != nil {
+	if n := len(m.Layers["step10:0"]); n != 1 || len(m.Layers["step10:0"][0]) != 7 || len(m.Layers["step0:0"][0]) != 1 || m.Layers["step2:0"] != nil {
 		t.Errorf("layers: %v", m.Layers)
 	}
 	if got := m.Source.Locations["step2"].Locations[0].Ranges[0]; got.Start.Line != 3 || got.End.Line != 6 {

@@ -108,7 +108,12 @@ func (b Build) predicate(r Record, layers []ocispec.Descriptor) (*types.Provenan
 	m.Completeness.Request = b.Max || !slices.ContainsFunc(slices.Collect(maps.Keys(b.Args)), private)
 	m.Completeness.ResolvedDependencies = len(locals) == 0
 	m.Hermetic = len(locals) == 0 && !b.online(r)
-	m.BuildKitMetadata.VCS = b.VCS
+	for k, v := range b.VCS {
+		if m.BuildKitMetadata.VCS == nil {
+			m.BuildKitMetadata.VCS = map[string]string{}
+		}
+		m.BuildKitMetadata.VCS[k] = redacted(v)
+	}
 	p.RunDetails.Metadata = m
 	if b.Max {
 		b.describe(p, r, layers)

@@ -60,14 +60,29 @@ func (g *graph) stage(s Stage, layers []ocispec.Descriptor) {
 			continue
 		}
 		n++
-		op, inputs := g.op(s, st.Op, below)
-		below = g.add(op, inputs, s.Platform)
-		g.places[below] = &pb.Locations{Locations: []*pb.Location{{Ranges: []*pb.Range{{
-			Start: &pb.Position{Line: int32(st.Start)}, End: &pb.Position{Line: int32(st.End)},
-		}}}}}
+		below = g.step(s, st, below)
 		g.shipped(below, s, layers, n)
 	}
 	g.last[s.Stage] = below
+}
+
+// step adds what an instruction did. What COPY --link copies is made by itself and put on top.
+func (g *graph) step(s Stage, st dockerfile.Step, below string) string {
+	under, link := below, false
+	if op, ok := st.Op.(*dockerfile.Copy); ok && op.Link && below != "" {
+		under, link = "", true
+	}
+	op, in := g.op(s, st.Op, under)
+	id := g.add(op, in, s.Platform)
+	place := &pb.Locations{Locations: []*pb.Location{{Ranges: []*pb.Range{{
+		Start: &pb.Position{Line: int32(st.Start)}, End: &pb.Position{Line: int32(st.End)},
+	}}}}}
+	g.places[id] = place
+	if link {
+		id = g.add(&pb.Op{Op: &pb.Op_Merge{Merge: &pb.MergeOp{Inputs: []*pb.MergeInput{{Input: 0}, {Input: 1}}}}}, inputs{below, id}, s.Platform)
+		g.places[id] = place
+	}
+	return id
 }
 
 // shipped notes the layers of the result up to a step.
@@ -218,7 +233,7 @@ func (g *graph) copy(s Stage, op *dockerfile.Copy, below string) (*pb.Op, inputs
 			Src: src.Path, Dest: op.Dest, Owner: owner(user, group), Mode: -1, FollowSymlink: true, DirCopyContents: true,
 			AttemptUnpackDockerCompatibility: op.Add && (op.Unpack == nil && src.URL == "" || op.Unpack != nil && *op.Unpack),
 			CreateDestPath:                   true, AllowWildcard: src.URL == "", AllowEmptyWildcard: src.URL == "",
-			ExcludePatterns: op.Exclude, AlwaysReplaceExistingDestPaths: op.Link, ModeStr: op.Chmod, Timestamp: -1,
+			ExcludePatterns: op.Exclude, ModeStr: op.Chmod, Timestamp: -1,
 		}
 		if src.URL != "" {
 			c.Src = path.Join("/", src.Name)

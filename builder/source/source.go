@@ -11,7 +11,7 @@
 // link in it can touch anything, and owners and devices need no privilege.
 //
 // Start at [Open]. dir.go serves a directory, tree.go a tree in memory, tar.go reads archives into it, http.go and
-// git.go fetch, keep.go remembers downloads, ignore.go hides what .dockerignore excludes, file.go holds what all of them
+// git.go fetch, vcs.go knows checkouts, keep.go remembers downloads, ignore.go hides what .dockerignore excludes, file.go holds what all of them
 // give for files.
 package source
 

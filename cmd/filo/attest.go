@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"crypto/rand"
 	"fmt"
 	"path"
@@ -25,7 +26,8 @@ type origin struct {
 	here     bool   // and it is no file of a remote context
 	contexts map[string]attest.Context
 
-	invocation string // names the build and no other
+	vcs        map[string]string // of a local context
+	invocation string            // names the build and no other
 	finished   time.Time
 
 	mu     sync.Mutex
@@ -69,6 +71,23 @@ func (j *job) statements(r builder.Result) func(int, []ocispec.Descriptor) ([]at
 	}
 }
 
+// checkout notes the git checkout that a local context is in, as buildx does. BUILDX_GIT_INFO=false keeps it out.
+func (j *job) checkout(ctx context.Context, dir string) {
+	if v := j.getenv("BUILDX_GIT_INFO"); dir == "" || j.wanted.Provenance == nil || v != "" && !truthy(v) {
+		return
+	}
+	remote, commit := source.Checkout(ctx, dir)
+	for k, v := range map[string]string{"source": remote, "revision": commit} {
+		if v == "" {
+			continue
+		}
+		if j.origin.vcs == nil {
+			j.origin.vcs = map[string]string{}
+		}
+		j.origin.vcs[k] = v
+	}
+}
+
 // title is the first name of the result; "" for none.
 func (j *job) title() string {
 	names, err := j.flags.results.names()
@@ -93,7 +112,7 @@ func (j *job) provenance(o attest.Options, r builder.Result) attest.Build {
 	b := attest.Build{
 		Options: o, Version: version(), Platform: platforms.Format(platforms.Normalize(platforms.DefaultSpec())),
 		Network: j.req.Network, Args: j.requested(), Contexts: j.origin.contexts,
-		File: j.req.FileName, Dockerfile: j.req.File, Here: j.origin.here,
+		File: j.req.FileName, Dockerfile: j.req.File, Here: j.origin.here, VCS: j.origin.vcs,
 	}
 	if !b.Here {
 		b.File = path.Clean(j.origin.file)

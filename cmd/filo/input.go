@@ -46,6 +46,7 @@ func (j *job) read(ctx context.Context, ref string) error {
 	j.origin.file = d.name
 	j.origin.here = src.Local || ref == "-" || d.path != "" || file == "-" || source.IsURL(file)
 	j.origin.opened("", ref, src)
+	j.checkout(ctx, src.Root)
 	if src.Local {
 		if j.req.Context, err = j.ignore(src.FS, d); err != nil {
 			return err

@@ -235,10 +235,12 @@ func (j *job) summary(r builder.Result, all []export.Exported) string {
 	return "\n" + strings.Join(parts, ", ") + "\n"
 }
 
-// isStep reports whether a vertex of that name is a step of a stage: not its base, not work of the builder's own.
+// isStep reports whether a vertex of that name is a step of a stage: not its base, not work of the builder's own, not a
+// look at the result.
 func isStep(name string) bool {
 	stage, text, ok := strings.Cut(name, "] ")
-	return ok && strings.HasPrefix(stage, "[") && stage != "[internal" && !strings.HasPrefix(stage, "[context ") && !strings.HasPrefix(text, "FROM ")
+	scan := stage == "[sbom" || strings.HasSuffix(stage, " sbom") // a stage of that name would have a number
+	return ok && !scan && strings.HasPrefix(stage, "[") && stage != "[internal" && !strings.HasPrefix(stage, "[context ") && !strings.HasPrefix(text, "FROM ")
 }
 
 // layersOf counts the layers of an image, or of the first of several.
