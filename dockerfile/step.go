@@ -127,3 +127,16 @@ type Mkdir struct {
 	Path string // absolute, clean
 	User string // who owns what is made, as USER says it; "" is root
 }
+
+// Arg returns the value of a build argument for a whole stage with these steps: the one in scope at its end, or one
+// declared above the first FROM, which need not be declared again. It is how the builder itself is told things.
+func (s *Stage) Arg(name string, steps []Step) (string, bool) {
+	if len(steps) > 0 {
+		for _, a := range steps[len(steps)-1].Config.Args {
+			if a.Name == name && a.Value != nil {
+				return *a.Value, true
+			}
+		}
+	}
+	return s.file.global.Get(name)
+}

@@ -10,9 +10,9 @@ import (
 // spdx is the type of the predicate that an SBOM is.
 const spdx = "https://spdx.dev/Document"
 
-// SBOM returns the statement that is the given SPDX document.
-func SBOM(document []byte) Statement {
-	return Statement{Predicate: spdx, File: "sbom.spdx.json", Body: document}
+// SBOM returns the statement of that name that is the given SPDX document.
+func SBOM(name string, document []byte) Statement {
+	return Statement{Predicate: spdx, File: name + ".spdx.json", Body: document}
 }
 
 // Scanned reads an in-toto statement that a scanner wrote to a file of that name. It must be an SBOM: what a scanner says
