@@ -46,6 +46,31 @@ func TestIndexKeepsWhatItIsGiven(t *testing.T) {
 	}
 }
 
+// What the store needs to know of eStargz blobs survives; without it, or with nonsense for it, a record is of no use.
+func TestIndexKeepsEStargz(t *testing.T) {
+	x := newIndex()
+	e := entryFor("seekable", 100, day)
+	e.blob.Annotations = map[string]string{
+		"containerd.io/snapshot/stargz/toc.digest": "sha256:t", annotationDiffID: digest.FromString("own").String(), "filo.estargz.toc.offset": "77",
+	}
+	x.entries[keyOf(t, "k")] = e
+	b, err := x.marshal()
+	if err != nil {
+		t.Fatal(err)
+	}
+	y, err := parseIndex(b)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if d := cmp.Diff(x.entries, y.entries, cmp.AllowUnexported(entry{})); d != "" {
+		t.Errorf("the index read is not that written:\n%s", d)
+	}
+	own := digest.FromString("own").String()
+	if y, err = parseIndex(bytes.ReplaceAll(b, []byte(own), []byte("sha256:nonsense"))); err != nil || len(y.entries) != 0 {
+		t.Errorf("a diff ID that is none: %v, %v", y, err)
+	}
+}
+
 // Records of BuildKit, and broken ones, are passed over; an index that makes no sense is an error.
 func TestParseIndexForeign(t *testing.T) {
 	key, diff, blob := digest.FromString("key"), digest.FromString("diff"), digest.FromString("blob")
