@@ -78,7 +78,7 @@ var amd64 = ocispec.Platform{OS: "linux", Architecture: "amd64"}
 func build(t *testing.T, text string) (Build, Record) {
 	t.Helper()
 	f, err := dockerfile.Parse(strings.NewReader(text), dockerfile.Args{
-		Name: "Dockerfile", BuildPlatform: amd64, TargetPlatform: amd64, Build: map[string]string{"TOKEN": "hush"},
+		Name: "Dockerfile", BuildPlatform: amd64, TargetPlatform: amd64, Build: map[string]string{"TOKEN": "hush", "INDEX": "https://me:pw@h/simple"},
 	})
 	if err != nil {
 		t.Fatal(err)
@@ -102,15 +102,15 @@ func build(t *testing.T, text string) (Build, Record) {
 	}
 	r.Sort()
 	return Build{
-		Options: Options{File: "provenance.json"}, Version: "v9", Platform: "linux/amd64", Here: true, File: "Dockerfile", Dockerfile: []byte(text),
-		Args:     map[string]string{"build-arg:TOKEN": "hush", "label:l": "lll", "target": "end", "context:x": "https://me:pw@h/x.tar"},
+		Options: Options{File: "provenance.json"}, Version: "v9", Platform: "linux/amd64", Here: true, Path: "Dockerfile", Dockerfile: []byte(text),
+		Args:     map[string]string{"build-arg:TOKEN": "hush", "build-arg:INDEX": "https://me:pw@h/simple", "label:l": "lll", "target": "end", "context:x": "https://me:pw@h/x.tar"},
 		Contexts: map[string]Context{"": {Local: true}},
 		VCS:      map[string]string{"source": "https://me:pw@g/r.git", "revision": "abc"},
 	}, r
 }
 
 const text = `FROM base AS one
-ARG TOKEN
+ARG TOKEN INDEX
 RUN --mount=type=secret,id=k,required=true --mount=type=ssh --mount=type=cache,target=/c,sharing=locked <<EOF
 #!/bin/x
 cat /run/secrets/k
@@ -173,6 +173,9 @@ func TestMaxDescribesSteps(t *testing.T) {
 	s, p := provenance(t, b, r, layers...)
 	if strings.Contains(string(s.Body), "pw@") {
 		t.Errorf("tells a password:\n%s", s.Body)
+	}
+	if !strings.Contains(string(s.Body), "INDEX=https://xxxxx:xxxxx@h/simple") {
+		t.Errorf("lacks the environment:\n%s", s.Body)
 	}
 	req := p.BuildDefinition.ExternalParameters.Request
 	if req.Args["build-arg:TOKEN"] != "hush" || len(req.Secrets) != 1 || req.Secrets[0].ID != "k" || req.Secrets[0].Optional || len(req.SSH) != 1 || !req.SSH[0].Optional {

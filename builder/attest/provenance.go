@@ -34,7 +34,7 @@ type Build struct {
 	Args       map[string]string // the request, with BuildKit's names: "target", "build-arg:NAME", "label:KEY", "context:NAME"
 	VCS        map[string]string // of a local context: source, revision
 	Contexts   map[string]Context
-	File       string // path of the Dockerfile, as the user gave it
+	Path       string // of the Dockerfile: a name, or where it is in a context that was fetched
 	Dockerfile []byte
 	Here       bool // the Dockerfile is a local file, not one of the main context
 }
@@ -52,7 +52,7 @@ func (b Build) Provenance(r Record, layers []ocispec.Descriptor) (Statement, err
 	if err != nil {
 		return Statement{}, fmt.Errorf("make provenance: %w", err)
 	}
-	s := Statement{Predicate: provenance1, File: b.Options.File, Images: b.Images}
+	s := Statement{Predicate: provenance1, File: b.File, Images: b.Images}
 	if b.Old {
 		s.Predicate = provenance02
 	}
@@ -127,7 +127,7 @@ func private(name string) bool {
 }
 
 func (b Build) configSource() types.ProvenanceConfigSourceSLSA1 {
-	c := types.ProvenanceConfigSourceSLSA1{Path: b.File}
+	c := types.ProvenanceConfigSourceSLSA1{Path: b.Path}
 	main := b.Contexts[""].Fetched
 	if main.URL == "" || b.Here {
 		return c

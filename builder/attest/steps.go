@@ -39,7 +39,7 @@ func (b Build) describe(p *types.ProvenancePredicateSLSA1, r Record, layers []oc
 	m := &p.RunDetails.Metadata.BuildKitMetadata
 	m.Source = &types.Source{
 		Locations: g.places,
-		Infos:     []types.SourceInfo{{Filename: path.Base(b.File), Language: "Dockerfile", Data: b.Dockerfile}},
+		Infos:     []types.SourceInfo{{Filename: path.Base(b.Path), Language: "Dockerfile", Data: b.Dockerfile}},
 	}
 	if len(g.layers) > 0 {
 		m.Layers = g.layers
@@ -141,7 +141,9 @@ func (img Image) identifier() string {
 	id := img.Ref
 	if dir, ok := strings.CutPrefix(id, "oci-layout://"); ok {
 		id = "oci-layout://" + layoutName(dir)
-	} else if !strings.Contains(id, "://") && !strings.HasPrefix(id, "target:") {
+	} else if file, ok := strings.CutPrefix(id, "target:"); ok {
+		id = "target:" + path.Base(file)
+	} else if !strings.Contains(id, "://") {
 		id = "docker-image://" + id
 	}
 	if img.Digest != "" && !strings.Contains(id, "@") {
@@ -273,7 +275,7 @@ func (g *graph) ref(s Stage, from dockerfile.Ref) string {
 func (g *graph) run(s Stage, op *dockerfile.Run, below string) (*pb.Op, inputs) {
 	var in inputs
 	exec := &pb.ExecOp{
-		Meta:   &pb.Meta{Args: op.Args, Env: op.Env, Cwd: op.Dir, User: op.User, Hostname: op.Hostname},
+		Meta:   &pb.Meta{Args: op.Args, Env: environment(op.Env), Cwd: op.Dir, User: op.User, Hostname: op.Hostname},
 		Mounts: []*pb.Mount{{Input: in.add(below), Dest: "/"}},
 	}
 	switch op.Network {
@@ -300,6 +302,16 @@ func (g *graph) run(s Stage, op *dockerfile.Run, below string) (*pb.Op, inputs) 
 		}
 	}
 	return &pb.Op{Op: &pb.Op_Exec{Exec: exec}}, in
+}
+
+// environment is env without users and passwords of URLs.
+func environment(env []string) []string {
+	var out []string
+	for _, kv := range env {
+		k, v, _ := strings.Cut(kv, "=")
+		out = append(out, k+"="+redacted(v))
+	}
+	return out
 }
 
 func (g *graph) mount(s Stage, m dockerfile.Mount, in *inputs) *pb.Mount {

@@ -3,6 +3,7 @@ package export
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"path"
 	"slices"
@@ -36,7 +37,7 @@ func (e Exporter) attestations(ctx context.Context, p plan, r Result, manifests 
 			return nil, nil
 		}
 		if p.write.DockerTypes {
-			return nil, fmt.Errorf("attestations need OCI media types: leave out oci-mediatypes=false")
+			return nil, errors.New("attestations need OCI media types: leave out oci-mediatypes=false")
 		}
 		d, err := image.WriteAttestation(ctx, e.Store, m, said, !p.imageShaped)
 		if err != nil {

@@ -112,10 +112,10 @@ func (j *job) provenance(o attest.Options, r builder.Result) attest.Build {
 	b := attest.Build{
 		Options: o, Version: version(), Platform: platforms.Format(platforms.Normalize(platforms.DefaultSpec())),
 		Network: j.req.Network, Args: j.requested(), Contexts: j.origin.contexts,
-		File: j.req.FileName, Dockerfile: j.req.File, Here: j.origin.here, VCS: j.origin.vcs,
+		Path: j.req.FileName, Dockerfile: j.req.File, Here: j.origin.here, VCS: j.origin.vcs,
 	}
 	if !b.Here {
-		b.File = path.Clean(j.origin.file)
+		b.Path = path.Clean(j.origin.file)
 	}
 	if r.Epoch != nil {
 		return b
@@ -141,8 +141,11 @@ func (j *job) requested() map[string]string {
 		name, value, _ := strings.Cut(c, "=")
 		if j.origin.contexts[name].Local {
 			value = "local:" + name // where it lies on this machine is nobody's business
-		} else if strings.HasPrefix(value, "oci-layout://") {
-			value = "oci-layout://" + path.Base(value)
+		}
+		for _, kind := range []string{"oci-layout://", "target:"} {
+			if at, ok := strings.CutPrefix(value, kind); ok {
+				value = kind + path.Base(at)
+			}
 		}
 		out["context:"+name] = value
 	}
