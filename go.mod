@@ -11,7 +11,6 @@ require (
 	github.com/gofrs/flock v0.13.1
 	github.com/google/go-cmp v0.7.0
 	github.com/google/go-containerregistry v0.22.1
-	github.com/in-toto/in-toto-golang v0.11.0
 	github.com/klauspost/compress v1.20.3
 	github.com/klauspost/pgzip v1.3.0
 	github.com/minio/minio-go/v7 v7.4.1
@@ -40,7 +39,10 @@ require (
 	pgregory.net/rapid v1.3.0
 )
 
-require github.com/vbatts/tar-split v0.12.3 // indirect
+require (
+	github.com/in-toto/in-toto-golang v0.11.0 // indirect
+	github.com/vbatts/tar-split v0.12.3 // indirect
+)
 
 require (
 	github.com/BurntSushi/toml v1.6.0

@@ -10,7 +10,6 @@ import (
 	"strings"
 	"time"
 
-	slsa1 "github.com/in-toto/in-toto-golang/in_toto/slsa_provenance/v1"
 	"github.com/moby/buildkit/frontend/dockerfile/dfgitutil"
 	"github.com/moby/buildkit/solver/llbsolver/provenance/types"
 	"github.com/moby/buildkit/util/purl"
@@ -93,7 +92,10 @@ func (b Build) predicate(r Record, layers []ocispec.Descriptor) (*types.Provenan
 	p := &types.ProvenancePredicateSLSA1{}
 	def := &p.BuildDefinition
 	def.BuildType = types.BuildKitBuildType1
-	def.ResolvedDependencies = deps
+	def.ResolvedDependencies = slices.Grow(def.ResolvedDependencies, len(deps))[:len(deps)]
+	for i, d := range deps {
+		def.ResolvedDependencies[i].URI, def.ResolvedDependencies[i].Digest = d.uri, d.digest
+	}
 	def.ExternalParameters.ConfigSource = b.configSource()
 	def.ExternalParameters.Request = b.request(r)
 	def.InternalParameters.BuilderPlatform = b.Platform
@@ -208,26 +210,32 @@ func secrets(r Record) (all []*types.Secret, agents []*types.SSH) {
 	return all, agents
 }
 
+// dependency is an input from elsewhere.
+type dependency struct {
+	uri    string
+	digest map[string]string
+}
+
 // dependencies are the inputs from elsewhere, each with its digest.
-func dependencies(r Record) ([]slsa1.ResourceDescriptor, error) {
-	var images, git, rest []slsa1.ResourceDescriptor
+func dependencies(r Record) ([]dependency, error) {
+	var images, git, rest []dependency
 	for _, img := range r.Images {
 		d, ok, err := img.dependency()
 		if err != nil {
 			return nil, err
 		}
-		if ok && !slices.ContainsFunc(images, func(o slsa1.ResourceDescriptor) bool { return o.URI == d.URI && maps.Equal(o.Digest, d.Digest) }) {
+		if ok && !slices.ContainsFunc(images, func(o dependency) bool { return o.uri == d.uri && maps.Equal(o.digest, d.digest) }) {
 			images = append(images, d)
 		}
 	}
 	for _, f := range r.Fetched {
-		d := slsa1.ResourceDescriptor{URI: redacted(f.URL), Digest: f.digests()}
+		d := dependency{redacted(f.URL), f.digests()}
 		if f.Commit == "" {
 			rest = append(rest, d)
 			continue
 		}
 		if uri, ok := dfgitutil.FragmentFormat(f.URL, false); ok {
-			d.URI = redacted(uri)
+			d.uri = redacted(uri)
 		}
 		git = append(git, d)
 	}
@@ -235,9 +243,9 @@ func dependencies(r Record) ([]slsa1.ResourceDescriptor, error) {
 }
 
 // dependency names an image. Those that the same build made are none.
-func (img Image) dependency() (slsa1.ResourceDescriptor, bool, error) {
+func (img Image) dependency() (dependency, bool, error) {
 	if strings.HasPrefix(img.Ref, "target:") || img.Digest == "" {
-		return slsa1.ResourceDescriptor{}, false, nil
+		return dependency{}, false, nil
 	}
 	kind, ref := packageurl.TypeDocker, strings.TrimPrefix(img.Ref, "docker-image://")
 	if dir, ok := strings.CutPrefix(img.Ref, "oci-layout://"); ok {
@@ -245,9 +253,9 @@ func (img Image) dependency() (slsa1.ResourceDescriptor, bool, error) {
 	}
 	uri, err := purl.RefToPURL(kind, ref, &img.Platform)
 	if err != nil {
-		return slsa1.ResourceDescriptor{}, false, err
+		return dependency{}, false, err
 	}
-	return slsa1.ResourceDescriptor{URI: uri, Digest: digests(img.Digest)}, true, nil
+	return dependency{uri, digests(img.Digest)}, true, nil
 }
 
 // layoutName is what an image of an OCI layout is called: where the layout lies is nobody's business.

@@ -3,7 +3,6 @@ package sbom
 import (
 	"bytes"
 	"encoding/json"
-	"fmt"
 	"os"
 	"slices"
 	"strings"
@@ -163,7 +162,7 @@ func FuzzParse(f *testing.F) {
 		}
 		for _, u := range urls(t, document) {
 			if !strings.HasPrefix(u, "pkg:") {
-				t.Fatal(fmt.Sprintf("%q is no package URL", u))
+				t.Fatalf("%q is no package URL", u)
 			}
 		}
 	})
