@@ -46,9 +46,8 @@ func (in *inputs) fetched(url string, f Fetched) {
 // record returns what went into the result, once its stages are built.
 func (w *walk) record(ctx context.Context) (attest.Record, error) {
 	w.inputs.mu.Lock()
-	defer w.inputs.mu.Unlock()
-	r := w.inputs.all
-	r.Sort()
+	r := w.inputs.all.With(attest.Record{}) // a copy, in order
+	w.inputs.mu.Unlock()
 	stages, err := w.file.Plan(w.req.Target)
 	if err != nil {
 		return r, err

@@ -33,6 +33,9 @@ const buildExamples = `  # build ./Dockerfile and keep the image as "hello" in t
   # secrets that never reach the image
   filo build --secret id=token,env=API_TOKEN --ssh default .
 
+  # beside the image, how it was made and what is in it
+  filo build -t registry.example/me/app:1 --push --provenance=mode=max --sbom=true .
+
   # a Dockerfile from standard input, and a context from git
   filo build -f - . < Dockerfile
   filo build https://git.example/me/app.git#main:cmd
