@@ -93,7 +93,7 @@ func (o *origin) pickParents(ctx context.Context, s selection, exclude *patternm
 	pivot := s.pivot
 	pattern := strings.TrimPrefix(strings.TrimPrefix(s.path, pivot), "/")
 	if !hasMeta(s.path) {
-		full, err := o.resolve(s.path, true)
+		full, err := o.resolve(s.path, false) // a link is copied as one, wherever it leads
 		if err == nil {
 			_, err = lstat(o.fs, full)
 		}
