@@ -203,7 +203,11 @@ func (w *walk) result(ctx context.Context) (*image.Image, error) {
 	if err != nil {
 		return nil, err
 	}
-	return r.image(), nil
+	img := r.image()
+	if len(w.req.Platforms) > 0 {
+		img.Config.Platform = declare(w.platform, img.Config.Platform)
+	}
+	return img, nil
 }
 
 // check refuses the build for what the build checks find, where the Dockerfile asks for that.
@@ -498,6 +502,23 @@ func (r *stageRun) vertexName(text string) string {
 }
 
 func (r *stageRun) platformName() string { return platforms.FormatAll(r.platform) }
+
+// declare returns the platform that an image is said to be for where --platform asks for want and the base is for is. As in
+// BuildKit what is asked for counts: files of another platform may be none of its programs.
+func declare(want, is ocispec.Platform) ocispec.Platform {
+	same := want.OS == is.OS && want.Architecture == is.Architecture
+	is.OS, is.Architecture = want.OS, want.Architecture
+	if want.Variant != "" || !same {
+		is.Variant = want.Variant
+	}
+	if want.OSVersion != "" || !same {
+		is.OSVersion = want.OSVersion
+	}
+	if want.OSFeatures != nil {
+		is.OSFeatures = want.OSFeatures
+	}
+	return is
+}
 
 // image is the stage as an image.
 func (r *stageRun) image() *image.Image {
