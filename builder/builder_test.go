@@ -250,6 +250,40 @@ COPY --from=one /out out
 	}
 }
 
+// A RUN is done again with another cache mount, where that is told by how the cache begins.
+func TestCacheMountInKey(t *testing.T) {
+	sandboxed(t)
+	b := newBench(t)
+	b.file("a", "text")
+	for _, step := range []struct {
+		mount, why string
+		misses     int
+	}{
+		{"target=/c", "first build", 2},
+		{"target=/c,id=other", "another ID", 0},
+		{"target=/c,mode=0700", "a mode", 1},
+		{"target=/c,uid=7", "an owner", 1},
+		{"target=/c,from=one", "a source", 1},
+		{"target=/c,from=one", "the same again", 0},
+	} {
+		b.build("FROM scratch AS one\nCOPY a /\nFROM scratch\nCOPY tool /bin/tool\n"+
+			"RUN --mount=type=cache,"+step.mount+" [\"/bin/tool\", \"write\", \"/out\", \"made\"]\n", nil)
+		_, misses := b.cached()
+		if step.why == "a source" {
+			misses-- // of stage one
+		}
+		if misses != step.misses {
+			t.Errorf("%s: %d misses, want %d\n%s", step.why, misses, step.misses, b.log())
+		}
+	}
+	b.file("a", "other")
+	b.build("FROM scratch AS one\nCOPY a /\nFROM scratch\nCOPY tool /bin/tool\n"+
+		"RUN --mount=type=cache,target=/c,from=one [\"/bin/tool\", \"write\", \"/out\", \"made\"]\n", nil)
+	if _, misses := b.cached(); misses != 2 {
+		t.Errorf("another source: %d misses, want 2\n%s", misses, b.log())
+	}
+}
+
 func TestRunFails(t *testing.T) {
 	sandboxed(t)
 	b := newBench(t)

@@ -28,11 +28,11 @@ type mountKey struct {
 	Type     dockerfile.MountType
 	Target   string        `json:",omitempty"`
 	ReadOnly bool          `json:",omitempty"`
-	Content  digest.Digest `json:",omitempty"` // bind
+	Content  digest.Digest `json:",omitempty"` // bind, cache: where it starts from
 	ID       string        `json:",omitempty"` // secret, ssh
 	Env      string        `json:",omitempty"`
 	Size     int64         `json:",omitempty"`
-	Mode     *uint32       `json:",omitempty"`
+	Mode     *uint32       `json:",omitempty"` // secret, ssh, cache
 	UID, GID *int          `json:",omitempty"`
 }
 
@@ -69,10 +69,15 @@ func (w *walk) prepareMount(ctx context.Context, m dockerfile.Mount) (mount, err
 			return pm, err
 		}
 		pm.key.Content = pm.source[0].digest()
-	case dockerfile.MountCache:
-		if m.HasFrom {
-			return pm, w.prepareSource(ctx, &pm)
+	case dockerfile.MountCache: // what makes it another cache apart from its ID, see cacheMount
+		pm.key.Mode, pm.key.UID, pm.key.GID = m.Mode, m.UID, m.GID
+		if !m.HasFrom {
+			return pm, nil
 		}
+		if err := w.prepareSource(ctx, &pm); err != nil {
+			return pm, err
+		}
+		pm.key.Content = pm.source[0].digest()
 	}
 	return pm, nil
 }
