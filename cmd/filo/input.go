@@ -88,7 +88,7 @@ func (j *job) readDockerfile(ctx context.Context, src *source.Source, ref string
 	}
 	err = j.task("[internal] load build definition from "+path.Base(name), func(say func(string)) error {
 		switch {
-		case src.Dockerfile != nil && file != "":
+		case src.Dockerfile != nil && file != "" && (ref == "-" || file != defaultNames[0]): // scripts give --file always
 			err = errors.New("ambiguous Dockerfile: the context is one, and --file names another")
 		case src.Dockerfile != nil:
 			d = dockerfileText{text: src.Dockerfile, name: "Dockerfile"}

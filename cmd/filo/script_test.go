@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"log"
+	"net/http"
 	"net/http/httptest"
 	"os"
 	"os/exec"
@@ -85,10 +86,13 @@ func sweepState(dir string) {
 	filo(dir, "prune", "--all").Run()
 }
 
-// startRegistry serves a registry on loopback and puts toybox into it.
+// startRegistry serves a registry on loopback and puts toybox into it; /lone is a Dockerfile.
 func startRegistry(t *testing.T) string {
 	t.Helper()
-	s := httptest.NewServer(registry.New(registry.Logger(log.New(io.Discard, "", 0))))
+	mux := http.NewServeMux()
+	mux.Handle("/v2/", registry.New(registry.Logger(log.New(io.Discard, "", 0))))
+	mux.HandleFunc("/lone", func(w http.ResponseWriter, _ *http.Request) { io.WriteString(w, "FROM scratch\nLABEL lone=yes\n") })
+	s := httptest.NewServer(mux)
 	t.Cleanup(s.Close)
 	host := strings.TrimPrefix(s.URL, "http://")
 	ref, err := name.ParseReference(host+"/library/toybox:latest", name.Insecure)
