@@ -1,6 +1,7 @@
 package dockerfile
 
 import (
+	"errors"
 	"fmt"
 	"path"
 	"regexp"
@@ -121,7 +122,8 @@ func (f *File) Walk(stages []*Stage, p ocispec.Platform, base func(*Stage) (Conf
 	return nil
 }
 
-// Check returns everything that the build checks find in the file and in these stages, by line.
+// Check returns everything that the build checks find in the file and in these stages, by line; also with an error, which
+// then is about something else.
 func (f *File) Check(stages []*Stage, p ocispec.Platform, base func(*Stage) (Config, error)) ([]Warning, error) {
 	found := slices.Clone(f.Warnings)
 	err := f.Walk(stages, p, base, func(_ *Stage, steps []Step) error {
@@ -130,6 +132,10 @@ func (f *File) Check(stages []*Stage, p ocispec.Platform, base func(*Stage) (Con
 		}
 		return nil
 	})
+	var e *Error
+	if errors.As(err, &e) {
+		found = append(found, e.Warnings...)
+	}
 	slices.SortStableFunc(found, func(a, b Warning) int { return firstLine(a) - firstLine(b) })
 	return found, err
 }

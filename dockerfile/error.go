@@ -20,7 +20,7 @@ type Error struct {
 	Err    error    // the cause
 	Hint   string   // what might help; "" for nothing
 
-	Warnings []Warning // of [Parse]: what was found before the error
+	Warnings []Warning // of [Parse] and [Stage.Steps]: what the checks found before the error
 }
 
 // Error returns the cause; see [Error.Position] and [Error.Excerpt] for the place.

@@ -292,31 +292,43 @@ func (s *Stage) Steps(base Config, p ocispec.Platform) ([]Step, error) {
 	}
 	st := s.newState(base)
 	var steps []Step
+	add := func(n *parser.Node, trigger bool) error {
+		step, err := st.step(n, trigger)
+		steps = append(steps, step)
+		return tellWarnings(err, steps)
+	}
 	for _, text := range base.OnBuild {
 		if s.replaced {
 			break
 		}
 		n, err := s.parseTrigger(text, s.from)
 		if err != nil {
+			return nil, tellWarnings(err, steps)
+		}
+		if err := add(n, true); err != nil {
 			return nil, err
 		}
-		step, err := st.step(n, true)
-		if err != nil {
-			return nil, err
-		}
-		steps = append(steps, step)
 	}
 	for _, n := range s.nodes {
-		step, err := st.step(n, false)
-		if err != nil {
+		if err := add(n, false); err != nil {
 			return nil, err
 		}
-		steps = append(steps, step)
 	}
 	if n := len(steps); n > 0 {
 		steps[n-1].Config = s.withLabels(steps[n-1].Config)
 	}
 	return steps, nil
+}
+
+// tellWarnings puts into err what the checks found in steps, of which the last one is wrong.
+func tellWarnings(err error, steps []Step) error {
+	var e *Error
+	if errors.As(err, &e) {
+		for _, st := range steps {
+			e.Warnings = append(e.Warnings, st.Warnings...)
+		}
+	}
+	return err
 }
 
 // parseTrigger parses the text of an ONBUILD; its place is where.
@@ -404,7 +416,7 @@ func (s *Stage) newState(base Config) *state {
 	return st
 }
 
-// step resolves one instruction and takes its effect on the config.
+// step resolves one instruction and takes its effect on the config. After an error the step holds the warnings.
 func (st *state) step(n *parser.Node, trigger bool) (Step, error) {
 	st.warnings, st.trigger = nil, trigger
 	st.lint = st.file.linter(&st.warnings).WithMergedConfigFromComments(n.PrevComment)
@@ -414,19 +426,21 @@ func (st *state) step(n *parser.Node, trigger bool) (Step, error) {
 	}
 	step := Step{Text: upperFirst(cmd.(fmt.Stringer).String())}
 	step.Start, step.End = lines(n.Location())
-	if err := st.do(cmd, &step); err != nil {
-		return Step{}, st.file.at(err, n.Location())
+	err = st.do(cmd, &step)
+	step.Warnings = st.warnings
+	if err == nil {
+		err = st.grow(len(step.Text) + len(step.History))
 	}
-	if err := st.grow(len(step.Text) + len(step.History)); err != nil {
-		return Step{}, st.file.at(err, n.Location())
+	if err == nil && st.held > maxHeld {
+		err = errors.New("the variables, labels or ports of this stage are too many")
 	}
-	if st.held > maxHeld {
-		return Step{}, st.file.at(errors.New("the variables, labels or ports of this stage are too many"), n.Location())
+	if err != nil {
+		return step, st.file.at(err, n.Location())
 	}
 	if trigger {
 		step.Text = "ONBUILD " + step.Text
 	}
-	step.Config, step.Warnings = st.config, st.warnings
+	step.Config = st.config
 	return step, nil
 }
 

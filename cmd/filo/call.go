@@ -78,9 +78,7 @@ func (j *job) call(ctx context.Context, c call) error {
 		err = j.ask(ctx, &out, c)
 	}
 	j.display.Close()
-	if err == nil || errors.Is(err, errFound) {
-		io.Copy(j.stdout, &out)
-	}
+	io.Copy(j.stdout, &out) // with an error: what was found before it
 	return err
 }
 
@@ -112,14 +110,19 @@ func (j *job) ask(ctx context.Context, w io.Writer, c call) error {
 		BuildPlatform: build, TargetPlatform: p, Contexts: names, Ignore: j.req.Ignore,
 	})
 	if err != nil {
-		return j.broken(w, c, err)
+		var where *dockerfile.Error
+		var found []dockerfile.Warning
+		if errors.As(err, &where) {
+			found = where.Warnings
+		}
+		return j.broken(w, c, found, err)
 	}
 	if c.method == "targets" {
 		return j.targets(w, f, c.json)
 	}
 	stages, err := f.Plan(j.req.Target)
 	if err != nil {
-		return j.broken(w, c, err)
+		return j.broken(w, c, f.Warnings, err)
 	}
 	var wrong []dockerfile.Warning
 	base := j.bases(ctx, p, &wrong)
@@ -134,10 +137,11 @@ func (j *job) ask(ctx context.Context, w io.Writer, c call) error {
 		stages = f.Stages
 	}
 	found, err := f.Check(stages, p, base)
+	found = append(wrong, found...)
 	if err != nil {
-		return j.broken(w, c, err)
+		return j.broken(w, c, found, err)
 	}
-	return j.findings(w, append(wrong, found...), c.json)
+	return j.findings(w, found, c.json)
 }
 
 // bases returns how to get the config of a base image, each one once. Images for another platform are added to wrong.
@@ -229,16 +233,20 @@ func (j *job) sources() []sourceInfo {
 	return []sourceInfo{{Filename: j.req.FileName, Language: "Dockerfile", Data: j.req.File}}
 }
 
-// broken puts an error into the answer of a check in JSON; otherwise it is shown like any other.
-func (j *job) broken(w io.Writer, c call, err error) error {
-	if c.method != "check" || !c.json {
+// broken answers with what was found before err. An answer in JSON holds the error too; otherwise it is shown like any
+// other.
+func (j *job) broken(w io.Writer, c call, found []dockerfile.Warning, err error) error {
+	if c.method != "check" {
+		return err
+	}
+	if !c.json {
+		j.printWarnings(w, found)
 		return err
 	}
 	e := &buildError{Message: err.Error(), Location: at(nil)}
 	var where *dockerfile.Error
-	var found []dockerfile.Warning
 	if errors.As(err, &where) {
-		e.Location, found = at(where.Ranges), where.Warnings
+		e.Location = at(where.Ranges)
 	}
 	if err := printJSON(w, lintResult{Warnings: lintWarnings(found), Sources: j.sources(), Error: e}); err != nil {
 		return err
@@ -269,7 +277,7 @@ func (j *job) findings(w io.Writer, found []dockerfile.Warning, asJSON bool) err
 	return nil
 }
 
-func (j *job) printFindings(w io.Writer, found []dockerfile.Warning) {
+func (j *job) printWarnings(w io.Writer, found []dockerfile.Warning) {
 	lines := strings.Split(string(j.req.File), "\n")
 	for _, f := range found {
 		url := ""
@@ -278,6 +286,10 @@ func (j *job) printFindings(w io.Writer, found []dockerfile.Warning) {
 		}
 		fmt.Fprintf(w, "\nWARNING: %s%s\n%s\n%s", f.Rule, url, f.Message, dockerfile.Excerpt(j.req.FileName, lines, f.Ranges))
 	}
+}
+
+func (j *job) printFindings(w io.Writer, found []dockerfile.Warning) {
+	j.printWarnings(w, found)
 	switch len(found) {
 	case 0:
 		fmt.Fprintln(w, "Check complete, no warnings found.")
