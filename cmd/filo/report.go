@@ -82,6 +82,11 @@ func (a *app) describe(b *strings.Builder, err error) {
 	}
 }
 
+const (
+	diskFull    = "the disk is full: `filo prune` makes room, --root moves the state directory"
+	quotaUsedUp = "the disk quota is used up: `filo prune` makes room, --root moves the state directory"
+)
+
 // hint returns what might help against err, "" if there is nothing good to say. tail is what the step said last.
 func hint(err error, tail []string) string {
 	var where *dockerfile.Error
@@ -98,9 +103,11 @@ func hint(err error, tail []string) string {
 	case registry.Is(err, registry.Denied):
 		return "the registry knows who asks and refuses: the account lacks the right, or it is the wrong one (`docker login`, DOCKER_CONFIG)"
 	case errors.Is(err, syscall.ENOSPC):
-		return "the disk is full: `filo prune` makes room, --root moves the state directory"
+		return diskFull
+	case errors.Is(err, syscall.EDQUOT):
+		return quotaUsedUp
 	case where == nil && (errors.Is(err, syscall.EROFS) || errors.Is(err, fs.ErrPermission)):
-		return "choose a state directory that you may write to with --root or FILO_ROOT"
+		return "choose a place that you may write to: --root or FILO_ROOT is the state directory, dest= of --output where a result goes"
 	}
 	return ""
 }
@@ -132,8 +139,10 @@ func exitHint(e *sandbox.ExitError, said string) string {
 		return "the file may lack its executable bit: COPY --chmod=755"
 	case strings.Contains(said, "Temporary failure in name resolution"), strings.Contains(said, "Could not resolve host"):
 		return "the step cannot resolve names: see --network and --add-host, or the machine's /etc/resolv.conf"
-	case strings.Contains(said, "No space left on device"):
-		return "the disk is full: `filo prune` makes room, --root moves the state directory"
+	case strings.Contains(said, "o space left on device"):
+		return diskFull
+	case strings.Contains(said, "isk quota exceeded"):
+		return quotaUsedUp
 	case e.Signal == syscall.SIGKILL && !e.OutOfMemory:
 		return "the process was killed: often the machine is out of memory"
 	}
