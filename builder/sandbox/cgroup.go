@@ -98,14 +98,17 @@ func (l Limits) Try() error {
 
 // bounds are the cgroups made for one process: one, or with version 1 one for each controller.
 type bounds struct {
-	dirs   []string
-	old    []string // controllers of version 1
-	memory string   // the one that counts memory, "" for none
-	v2     bool     // of memory
+	dirs    []string
+	old     []string // controllers of version 1
+	unified string   // the one of version 2, "" for none
+	memory  string   // the one that counts memory, "" for none
+	v2      bool     // of memory
 }
 
 // serial tells the cgroups of this process apart.
 var serial atomic.Int64
+
+func cgroupName() string { return fmt.Sprintf("filo-%d-%d", os.Getpid(), serial.Add(1)) }
 
 // bound makes cgroups with these limits; nil if there are no limits.
 func (l Limits) bound() (*bounds, error) {
@@ -117,7 +120,7 @@ func (l Limits) bound() (*bounds, error) {
 		return nil, err
 	}
 	b := &bounds{}
-	name := fmt.Sprintf("filo-%d-%d", os.Getpid(), serial.Add(1))
+	name := cgroupName()
 	for _, controller := range []string{"memory", "cpu", "cpuset", "pids"} {
 		if len(l.controllers(true)[controller]) == 0 {
 			continue
@@ -147,7 +150,9 @@ func (b *bounds) add(h hierarchies, l Limits, controller, name string) error {
 	if controller == "memory" {
 		b.memory, b.v2 = made, v2
 	}
-	if !v2 {
+	if v2 {
+		b.unified = made
+	} else {
 		b.old = append(b.old, controller)
 	}
 	for _, s := range l.controllers(v2)[controller] {

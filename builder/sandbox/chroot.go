@@ -83,16 +83,22 @@ func runChroot(ctx context.Context, p Process) (err error) {
 	// As in Run: the child dies with this thread.
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
-	b, err := p.Limits.bound()
+	b, _, err := p.bound() // in a container it is that which keeps the devices
 	if err != nil {
-		return &SetupError{Step: "limit", Err: err}
+		return err
 	}
 	defer b.close()
-	c, err := start(p, b)
+	c, err := start(p)
 	if err != nil {
 		return &SetupError{Step: "start", Err: err}
 	}
 	defer c.close()
+	if err := b.put(c.process.Pid); err != nil && p.Limits != (Limits{}) {
+		c.process.Kill()
+		c.process.Wait()
+		c.finish()
+		return &SetupError{Step: "limit", Err: err}
+	}
 	stop := context.AfterFunc(ctx, func() { c.order.Close() })
 	defer stop()
 	// A keeper that dies before it has read all says why on its report.

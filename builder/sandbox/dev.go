@@ -4,6 +4,7 @@ import (
 	"errors"
 	"os"
 	"path"
+	"path/filepath"
 	"strconv"
 
 	"golang.org/x/sys/unix"
@@ -14,6 +15,7 @@ import (
 var hidden = [...]string{
 	"/proc/acpi",
 	"/proc/asound",
+	"/proc/interrupts",
 	"/proc/kcore",
 	"/proc/keys",
 	"/proc/latency_stats",
@@ -76,7 +78,10 @@ func (s *stage) standard(h *handover) ([]placement, error) {
 	if err != nil {
 		return nil, at("mount /sys", err)
 	}
-	dev, borrowed, err := devfs(p.Insecure)
+	dev, borrowed, err := devfs(p.Insecure, h.NoDevices)
+	if err == nil {
+		err = s.deaden(dev)
+	}
 	if err != nil {
 		return nil, at("mount /dev", err)
 	}
@@ -168,8 +173,8 @@ func sysfs(insecure bool) (int, error) {
 }
 
 // devfs makes a /dev, and mounts of the host's devices where devices cannot be
-// made.
-func devfs(insecure bool) (int, []placement, error) {
+// made, or would be dead.
+func devfs(insecure, dead bool) (int, []placement, error) {
 	const attrs = unix.MOUNT_ATTR_NOSUID | unix.MOUNT_ATTR_STRICTATIME
 	dev, err := detached("tmpfs", attrs, "source=tmpfs", "mode=0755", "size=65536k")
 	if err != nil {
@@ -192,7 +197,10 @@ func devfs(insecure bool) (int, []placement, error) {
 	}
 	var borrowed []placement
 	for _, d := range devices {
-		err := d.make(dev)
+		err := error(unix.EPERM)
+		if !dead {
+			err = d.make(dev)
+		}
 		if errors.Is(err, unix.EPERM) {
 			var p placement
 			if p, err = d.borrow(dev); errors.Is(err, unix.ENOENT) {
@@ -306,7 +314,9 @@ func (in *inside) mask(empty int) error {
 		return at("hide files", err)
 	}
 	placed := false
-	for _, name := range hidden {
+	// When processors get hot, and thereby what others compute.
+	heat, _ := filepath.Glob("/sys/devices/system/cpu/cpu*/thermal_throttle")
+	for _, name := range append(hidden[:len(hidden):len(hidden)], heat...) {
 		err := in.cover(name, func(fd int) (int, error) {
 			switch {
 			case !isDirectory(fd):

@@ -29,6 +29,7 @@ type handover struct {
 	Process               Process
 	Hosts, Resolv, Filter []byte
 	Version1              []string // controllers of cgroups of version 1 that limit it
+	NoDevices             bool     // device nodes are dead but in /dev
 }
 
 // prepare fills in the defaults of p and packs it for the child.
@@ -57,7 +58,8 @@ func prepare(p Process) (*handover, error) {
 	// Without the capability, a filter would keep set-user-ID programs from
 	// working; then the one that filo itself runs under has to do.
 	if !p.Insecure && (p.Ground.Name != groundChroot || has(capability.CAP_SYS_ADMIN)) {
-		if filter, err = seccompFilter(); err != nil {
+		shared := (p.Network == "" || p.Network == NetworkDefault) && p.Ground.Name != groundChroot && !inUserNamespace()
+		if filter, err = seccompFilter(shared); err != nil {
 			return fail("compile seccomp filter", err)
 		}
 	}

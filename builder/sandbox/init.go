@@ -139,7 +139,11 @@ func enterRoot(h *handover) error {
 	if err != nil {
 		return err
 	}
+	s.noDevices = h.NoDevices
 	root, err := s.root(h.Process.Root)
+	if err == nil {
+		err = s.deaden(root)
+	}
 	if err != nil {
 		return at("mount root", err)
 	}

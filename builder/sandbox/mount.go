@@ -17,6 +17,8 @@ type stage struct {
 	fd    int
 	empty int  // a mount of an empty directory
 	old   bool // the kernel takes an overlay's layers only through mount(2)
+
+	noDevices bool // see deaden
 }
 
 const (
@@ -122,6 +124,14 @@ func clone(dir int, name string, flags uint) (int, error) {
 func restrict(mount int, attrs uint64) error {
 	set := unix.MountAttr{Attr_set: attrs}
 	return unix.MountSetattr(mount, "", unix.AT_EMPTY_PATH|unix.AT_RECURSIVE, &set)
+}
+
+// deaden makes the device nodes of a mount dead, if the process might use others than it should.
+func (s *stage) deaden(mount int) error {
+	if !s.noDevices {
+		return nil
+	}
+	return restrict(mount, unix.MOUNT_ATTR_NODEV)
 }
 
 func attach(mount, target int) error {
@@ -341,6 +351,9 @@ func (s *stage) mount(i int, m Mount) (fd int, dir bool, err error) {
 	}
 	if err == nil && m.ReadOnly {
 		err = restrict(fd, unix.MOUNT_ATTR_RDONLY)
+	}
+	if err == nil {
+		err = s.deaden(fd)
 	}
 	return fd, dir, err
 }

@@ -171,12 +171,12 @@ func Run(ctx context.Context, p Process) error {
 	// ends, so this thread has to stay for as long as the child does.
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
-	b, err := p.Limits.bound()
+	b, nodes, err := p.bound()
 	if err != nil {
-		return &SetupError{Step: "limit", Err: err}
+		return err
 	}
 	defer b.close()
-	c, err := start(p, b)
+	c, err := start(p)
 	if err != nil {
 		return &SetupError{Step: "start", Err: refused(err)}
 	}
@@ -184,7 +184,7 @@ func Run(ctx context.Context, p Process) error {
 	stop := context.AfterFunc(ctx, func() { c.process.Kill() })
 	defer stop()
 	// While the child starts, there is time to prepare what it will read.
-	if err := c.instruct(p, b); err != nil {
+	if err := c.instruct(p, b, nodes); err != nil {
 		c.process.Kill()
 		c.process.Wait()
 		c.finish()
@@ -215,8 +215,8 @@ type running struct {
 	outputs []*output
 }
 
-// start starts a child within b. It does nothing before it is instructed.
-func start(p Process, b *bounds) (*running, error) {
+// start starts a child. It does nothing before it is instructed.
+func start(p Process) (*running, error) {
 	var t theirs
 	defer t.close()
 	c := &running{}
@@ -252,12 +252,6 @@ func start(p Process, b *bounds) (*running, error) {
 			Files: files,
 			Sys:   attributes(flags),
 		})
-	}
-	if err == nil {
-		if err = b.put(c.process.Pid); err != nil {
-			c.process.Kill()
-			c.process.Wait()
-		}
 	}
 	if err != nil {
 		c.close()
@@ -301,12 +295,17 @@ func (t *theirs) close() {
 	}
 }
 
-func (c *running) instruct(p Process, b *bounds) error {
+func (c *running) instruct(p Process, b *bounds, nodes bool) error {
 	h, err := prepare(p)
 	if err != nil {
 		return err
 	}
-	h.Version1 = b.version1()
+	if err := b.put(c.process.Pid); err != nil && p.Limits != (Limits{}) {
+		return &SetupError{Step: "limit", Err: err}
+	} else if err != nil {
+		nodes = false
+	}
+	h.Version1, h.NoDevices = b.version1(), !nodes
 	// A child that dies before it has read all says why on its report.
 	_ = h.send(c.order)
 	return nil

@@ -163,6 +163,10 @@ func insideMain(verb string, args []string) error {
 		return detach(args[0], len(args) > 1)
 	case "nap":
 		time.Sleep(time.Hour)
+	case "hostile":
+		return insideHostile(args[0])
+	case "devices":
+		return insideDevices()
 	case "umask":
 		fmt.Printf("%o\n", syscall.Umask(0))
 	default:

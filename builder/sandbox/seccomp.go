@@ -30,12 +30,19 @@ const x32Bit = 0x40000000
 
 // seccompFilter compiles Docker's default profile for the default
 // capabilities. It is nil on architectures of which no system call table is
-// known.
-func seccompFilter() ([]byte, error) {
+// known. With shared, the process is in the network of the machine, and has
+// not the raw sockets by which it would see and forge what others send: under
+// Docker it has them in a network of its own. The capability stays, as it does
+// in a set-capability ping. (As in Docker's profile, the arguments of i386's
+// socketcall are out of sight.)
+func seccompFilter(shared bool) ([]byte, error) {
 	spec := &specs.Spec{Process: &specs.Process{Capabilities: &specs.LinuxCapabilities{Bounding: defaultCapabilityNames()}}}
 	profile, err := seccomp.GetDefaultProfile(spec)
 	if err != nil {
 		return nil, err
+	}
+	if shared {
+		profile.Syscalls = append(rawSockets(), profile.Syscalls...)
 	}
 	program, err := compile(profile, runtime.GOARCH)
 	if err != nil || program == nil {
@@ -55,6 +62,22 @@ func seccompFilter() ([]byte, error) {
 		b = binary.NativeEndian.AppendUint32(b, i.K)
 	}
 	return b, nil
+}
+
+// rawSockets refuses packet sockets and raw sockets of the internet families.
+func rawSockets() (rules []specs.LinuxSyscall) {
+	const kind = 0xf // of a socket, without flags
+	add := func(args ...specs.LinuxSeccompArg) {
+		rules = append(rules, specs.LinuxSyscall{Names: []string{"socket"}, Action: specs.ActErrno, Args: args})
+	}
+	add(specs.LinuxSeccompArg{Index: 0, Value: unix.AF_PACKET, Op: specs.OpEqualTo})
+	for _, family := range []uint64{unix.AF_INET, unix.AF_INET6} {
+		for _, raw := range []uint64{unix.SOCK_RAW, unix.SOCK_PACKET} {
+			add(specs.LinuxSeccompArg{Index: 0, Value: family, Op: specs.OpEqualTo},
+				specs.LinuxSeccompArg{Index: 1, Value: kind, ValueTwo: raw, Op: specs.OpMaskedEqual})
+		}
+	}
+	return rules
 }
 
 // abi is one calling convention that programs on a machine may use.
