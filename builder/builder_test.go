@@ -22,7 +22,6 @@ import (
 )
 
 func TestMain(m *testing.M) {
-	sandbox.Init()
 	if len(os.Args) > 1 && filepath.Base(os.Args[0]) == "tool" {
 		tool(os.Args[1:])
 	}

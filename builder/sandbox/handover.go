@@ -17,7 +17,7 @@ import (
 
 const (
 	self = "/proc/self/exe"
-	// childName is the argv[0] by which Init knows a sandbox child.
+	// childName is the argv[0] by which a sandbox child is known.
 	childName = "filo-sandbox"
 	orderFD   = 3
 	reportFD  = 4

@@ -16,11 +16,16 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Init must be the first call in main. In a child started by [Run] it sets the
-// sandbox up, becomes the process and does not return; in one started by
-// [Enter] it waits until the user namespace is ready. Otherwise it does
-// nothing.
-func Init() {
+// init is where a child of [Run] or [Enter] leaves the road of the program that
+// it is started from. It does so here rather than in main because Go
+// initializes packages that are ready in the order of their paths: most of the
+// program's others come later, and take longer than all that a child has to do.
+func init() { begun() }
+
+// begun ends a child started by [Run] as the process of its sandbox, and makes
+// one started by [Enter] wait until its user namespace is ready. In other
+// processes it does nothing.
+func begun() {
 	switch {
 	case len(os.Args) == 0:
 	case os.Args[0] == childName:

@@ -8,8 +8,8 @@
 // the paths of [MountPoints] exist.
 //
 // Start at [Run], the parent's half: it starts this program again, hands the
-// process over through a pipe and waits. [Init] is the child's half: it mounts
-// (init.go, mount.go, dev.go, target.go), pivots, drops powers (powers.go,
+// process over through a pipe and waits. The child's half is [become] in init.go:
+// it mounts (mount.go, dev.go, target.go), pivots, drops powers (powers.go,
 // seccomp.go) and executes (exec.go). What the two say to each other is in
 // handover.go. [Enter] (enter.go, idmap.go) finds the ground before any of
 // this: root as it is, a user namespace in which filo is root, or a container
@@ -248,7 +248,7 @@ func start(p Process) (*running, error) {
 		c.process, err = os.StartProcess(self, []string{name}, &os.ProcAttr{
 			// Not the child's environment but its Go runtime's: it lives for
 			// milliseconds, collecting garbage would be a waste.
-			Env:   []string{"GOGC=off"},
+			Env:   []string{"GOGC=off", "GOMAXPROCS=1", "GODEBUG=containermaxprocs=0,asyncpreemptoff=1"},
 			Files: files,
 			Sys:   attributes(flags),
 		})

@@ -24,7 +24,6 @@ import (
 const insideName = "inside"
 
 func TestMain(m *testing.M) {
-	Init()
 	if len(os.Args) > 1 && filepath.Base(os.Args[0]) == insideName {
 		if err := insideMain(os.Args[1], os.Args[2:]); err != nil {
 			fmt.Fprintln(os.Stderr, err)

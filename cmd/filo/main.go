@@ -16,12 +16,9 @@ import (
 	"os/signal"
 	"syscall"
 	"time"
-
-	"filo/builder/sandbox"
 )
 
 func main() {
-	sandbox.Init()
 	os.Exit(run(os.Args[1:], world{
 		stdin: os.Stdin, stdout: os.Stdout, stderr: os.Stderr,
 		env: os.LookupEnv, root: os.Geteuid() == 0, now: time.Now,

@@ -27,15 +27,12 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/tarball"
 	"github.com/google/go-containerregistry/pkg/v1/validate"
 	"github.com/rogpeppe/go-internal/testscript"
-
-	"filo/builder/sandbox"
 )
 
 func TestMain(m *testing.M) {
 	if os.Getenv(isFilo) != "" { // started by a script, or by itself in a user namespace: then under another name
 		main()
 	}
-	sandbox.Init()
 	testscript.Main(m, map[string]func(){"filo": main})
 }
 
