@@ -65,7 +65,7 @@ func ChainID(layers []Layer) digest.Digest {
 type Store struct {
 	dir     string
 	single  bool
-	storage Storage
+	storage func() Storage
 	pool    pool     // of merged directories
 	held    *os.File // shared lock on <dir>/lock: keeps Prune of other processes away
 	tmp     string   // this process's directory below tmp/

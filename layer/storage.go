@@ -42,18 +42,30 @@ func BestStorage(dir string) Storage {
 // Use makes k the storage of steps to come; "" is StorageOverlay. No step may be under way.
 // It is an error if the store's file system cannot do what k needs.
 func (s *Store) Use(k Storage) error {
+	if err := s.Check(k); err != nil {
+		return err
+	}
+	s.storage = func() Storage { return k }
+	return nil
+}
+
+// UseWhenNeeded is Use that asks choose, once, when the first step needs to know: a build that finds all its steps in
+// the cache has no need to find out what can be mounted. choose may be called from any goroutine, until the store is
+// closed, and returns what passes Check.
+func (s *Store) UseWhenNeeded(choose func() Storage) { s.storage = sync.OnceValue(choose) }
+
+// Check says why the store's file system cannot do what k needs.
+func (s *Store) Check(k Storage) error {
 	switch k {
 	case "", StorageOverlay, StorageVFS:
+		return nil
 	case StorageBtrfs:
 		if err := s.trySubvolume(); err != nil {
 			return fmt.Errorf("storage btrfs: make a subvolume: %w (is the state directory on btrfs?)", err)
 		}
-	default:
-		return fmt.Errorf("storage %q: not one of overlay, btrfs, vfs", k)
+		return nil
 	}
-	s.storage = k
-	s.origin.Plain = s.merges()
-	return nil
+	return fmt.Errorf("storage %q: not one of overlay, btrfs, vfs", k)
 }
 
 func (s *Store) trySubvolume() error {
@@ -69,7 +81,10 @@ func (s *Store) trySubvolume() error {
 }
 
 // merges says whether layers are merged in directories rather than mounted as overlays.
-func (s *Store) merges() bool { return s.storage == StorageBtrfs || s.storage == StorageVFS }
+func (s *Store) merges() bool {
+	k := s.storage()
+	return k == StorageBtrfs || k == StorageVFS
+}
 
 // merged is a directory that holds the files of a chain of layers as one file system. Whoever
 // has taken it from the pool has it alone; those in the pool may have readers.
@@ -199,7 +214,7 @@ func (s *Store) merge(ctx context.Context, layers []Layer) (*merged, error) {
 
 // begin returns a directory with the first of the layers, or none.
 func (s *Store) begin(layers []Layer) (*merged, error) {
-	if s.storage == StorageVFS {
+	if s.storage() == StorageVFS {
 		if m := s.pool.take(layers, false); m != nil {
 			return m, nil
 		}
@@ -217,7 +232,7 @@ func (s *Store) begin(layers []Layer) (*merged, error) {
 
 func (s *Store) makeVolume(m *merged, layers []Layer) error {
 	var err error
-	if s.storage == StorageVFS {
+	if s.storage() == StorageVFS {
 		err = os.Mkdir(m.volume(), 0o755)
 	} else if old := s.pool.take(layers, true); old != nil {
 		m.layers, m.files = slices.Clone(old.layers), old.files.clone()

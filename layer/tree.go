@@ -63,6 +63,13 @@ func newTreeOrigin(single bool) treeOrigin {
 	}
 }
 
+// treeOrigin is that of the trees which this process makes.
+func (s *Store) treeOrigin() treeOrigin {
+	made := s.origin
+	made.Plain = s.merges()
+	return made
+}
+
 // hasTree says whether there is a tree of l that was made since the last boot and that nobody wrote to.
 func (s *Store) hasTree(l Layer) bool {
 	s.mu.Lock()
@@ -72,7 +79,7 @@ func (s *Store) hasTree(l Layer) bool {
 		return true
 	}
 	made, err := s.readOrigin(l)
-	if err != nil || made != s.origin || made.Boot == "" {
+	if err != nil || made != s.treeOrigin() || made.Boot == "" {
 		return false
 	}
 	x := s.cachedIndex(l)
@@ -113,7 +120,7 @@ func (s *Store) adoptTree(ctx context.Context, l Layer, x *index) error {
 	switch {
 	case made.IDs != s.origin.IDs || made.Single != s.origin.Single:
 		return errors.New("tree has owners of another id map")
-	case made.Plain && !s.origin.Plain:
+	case made.Plain && !s.merges():
 		return errors.New("tree does not say what the layer deletes")
 	}
 	check := treeCheck{dir: s.treePath(l), x: x, plain: made.Plain, single: s.single, deep: made.Boot == "" || made.Boot != s.origin.Boot}
@@ -127,7 +134,7 @@ func (s *Store) adoptTree(ctx context.Context, l Layer, x *index) error {
 }
 
 func (s *Store) markTree(l Layer) error {
-	b, err := json.Marshal(s.origin)
+	b, err := json.Marshal(s.treeOrigin())
 	if err != nil {
 		return err
 	}

@@ -37,7 +37,7 @@ func (a *app) info() *cobra.Command {
 			if s.ground.Name == "chroot" {
 				fmt.Fprintf(w, "limits\t%s\n", sandbox.ChrootLimits)
 			}
-			fmt.Fprintf(w, "storage\t%s\n", s.storing)
+			fmt.Fprintf(w, "storage\t%s\n", s.storing())
 			if s.ground.SingleID {
 				fmt.Fprintf(w, "user ids\tone only: owners of files are kept in the image, not on disk\n")
 			}

@@ -138,7 +138,7 @@ const rootless = "rootless"
 // state is the state directory opened, with those who work on it.
 type state struct {
 	ground   sandbox.Ground
-	storing  storing
+	storing  func() storing // of a state that was entered
 	store    *layer.Store
 	cache    *cache.Store
 	registry *registry.Client

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"sync"
 
 	"filo/builder/sandbox"
 	"filo/layer"
@@ -16,33 +17,49 @@ type storing struct {
 }
 
 // useStorage decides how layers become one directory on a ground, and tells st: as --storage says, or by an overlay where
-// one can be mounted, else by snapshots, else by a copy.
-func (a *app) useStorage(g sandbox.Ground, st *layer.Store) (storing, error) {
+// one can be mounted, else by snapshots, else by a copy. What can be mounted is found out when somebody needs to know.
+func (a *app) useStorage(g sandbox.Ground, st *layer.Store) (func() storing, error) {
+	if layer.Storage(a.storage) == "auto" && mounts(g) {
+		best := sync.OnceValue(func() storing { return bestStorage(st) })
+		st.UseWhenNeeded(func() layer.Storage { return best().Storage })
+		return best, nil
+	}
 	s, err := a.storageFor(g, st)
 	if err != nil {
-		return s, err
+		return nil, err
 	}
-	return s, st.Use(s.Storage)
+	return func() storing { return s }, st.Use(s.Storage)
 }
 
+func mounts(g sandbox.Ground) bool { return g.Name != "chroot" && g.Name != "none" }
+
+// bestStorage is the storage where something can be mounted and nothing was asked for.
+func bestStorage(st *layer.Store) storing {
+	err := overlays(st)
+	if err == nil {
+		return storing{Storage: layer.StorageOverlay}
+	}
+	reason := "overlay: " + err.Error()
+	best := layer.BestStorage(st.Dir())
+	if err := st.Check(best); err != nil {
+		return storing{layer.StorageVFS, reason + "; " + err.Error()}
+	}
+	return storing{best, reason}
+}
+
+// storageFor is the storage that was asked for, or the only one there is.
 func (a *app) storageFor(g sandbox.Ground, st *layer.Store) (storing, error) {
-	mounts := g.Name != "chroot" && g.Name != "none"
 	want := layer.Storage(a.storage)
 	switch {
-	case want == "auto" && !mounts:
-		return storing{layer.StorageVFS, "nothing can be mounted"}, nil
 	case want == "auto":
-		if err := overlays(st); err != nil {
-			return storing{layer.BestStorage(st.Dir()), "overlay: " + err.Error()}, nil
-		}
-		return storing{Storage: layer.StorageOverlay}, nil
-	case want == layer.StorageOverlay && !mounts:
+		return storing{layer.StorageVFS, "nothing can be mounted"}, nil
+	case want == layer.StorageOverlay && !mounts(g):
 		return storing{}, fmt.Errorf("--storage overlay: nothing can be mounted here: %s", g.Reason)
 	case want == layer.StorageOverlay:
 		if err := overlays(st); err != nil {
 			return storing{}, fmt.Errorf("--storage overlay: %w", err)
 		}
-	case want == layer.StorageBtrfs && !mounts:
+	case want == layer.StorageBtrfs && !mounts(g):
 		return storing{}, errors.New("--storage btrfs: nothing can be moved into a subvolume, and nothing can be mounted here; use vfs")
 	case want != layer.StorageBtrfs && want != layer.StorageVFS:
 		return storing{}, &usageError{"filo", fmt.Errorf("--storage %q: must be auto, overlay, btrfs or vfs", a.storage)}
