@@ -4,6 +4,7 @@ import (
 	"archive/tar"
 	"cmp"
 	"context"
+	"crypto/rand"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -264,12 +265,16 @@ func (e Exporter) blobFile(ctx context.Context, dir string, d ocispec.Descriptor
 	if info, err := os.Lstat(to); err == nil && info.Mode().IsRegular() && info.Size() == d.Size {
 		return nil
 	}
-	tmp, err := unused(to)
-	if err != nil {
-		return err
+	from := filepath.Join(e.Store.Dir(), filepath.FromSlash(blobPath(d)))
+	err := os.Link(from, to)
+	if errors.Is(err, fs.ErrExist) { // what is there is not the blob
+		tmp := beside(to)
+		if err = os.Link(from, tmp); err == nil {
+			return renamed(tmp, to)
+		}
 	}
-	if err := os.Link(filepath.Join(e.Store.Dir(), filepath.FromSlash(blobPath(d))), tmp); err == nil {
-		return renamed(tmp, to)
+	if err == nil {
+		return nil
 	}
 	return replaceFile(to, func(w io.Writer) error { return e.into(ctx, w, d) })
 }
@@ -325,10 +330,7 @@ func syncDirs(dirs ...string) error {
 
 // replaceFile makes a file appear whole or not at all, even to those who look after a power cut.
 func replaceFile(name string, write func(io.Writer) error) error {
-	tmp, err := unused(name)
-	if err != nil {
-		return err
-	}
+	tmp := beside(name)
 	f, err := os.OpenFile(tmp, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o666)
 	if err != nil {
 		return err
@@ -354,12 +356,7 @@ func renamed(tmp, name string) error {
 	return err
 }
 
-// unused returns a name beside name that is not taken.
-func unused(name string) (string, error) {
-	f, err := os.CreateTemp(filepath.Dir(name), "."+filepath.Base(name)+".*")
-	if err != nil {
-		return "", err
-	}
-	f.Close()
-	return f.Name(), os.Remove(f.Name())
+// beside returns a name in the directory of name that nothing has.
+func beside(name string) string {
+	return filepath.Join(filepath.Dir(name), ".filo-"+rand.Text())
 }
