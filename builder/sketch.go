@@ -54,7 +54,7 @@ func (w *walk) sketchCopy(ctx context.Context, r *stageRun, op *dockerfile.Copy)
 	key, _ := copyStep{op: op}.key(w.req.Epoch)
 	inputs := []digest.Digest{from}
 	if !key.Link {
-		inputs = append(inputs, layer.ChainID(r.layers))
+		inputs = append(inputs, r.chain)
 	}
 	return sketchKey{Sketch: "copy", Copy: &key, Sources: op.Sources, Exclude: op.Exclude, Add: op.Add, Unpack: op.Unpack}, inputs, nil
 }
@@ -62,7 +62,7 @@ func (w *walk) sketchCopy(ctx context.Context, r *stageRun, op *dockerfile.Copy)
 // sketchRun returns the key and inputs of a RUN with bind mounts; no inputs if there is no sketch of it.
 func (w *walk) sketchRun(ctx context.Context, r *stageRun, op *dockerfile.Run) (sketchKey, []digest.Digest, error) {
 	run := runStep{op: op}
-	inputs := []digest.Digest{layer.ChainID(r.layers)}
+	inputs := []digest.Digest{r.chain}
 	for _, m := range op.Mounts {
 		if m.Type != dockerfile.MountBind {
 			m.HasFrom = false // what a cache mount begins with is in no key
@@ -97,7 +97,7 @@ func (w *walk) chain(ctx context.Context, ref dockerfile.Ref) (digest.Digest, bo
 		if err != nil {
 			return "", false, err
 		}
-		return layer.ChainID(r.layers), len(r.layers) > 0, nil
+		return r.chain, len(r.layers) > 0, nil
 	}
 	if n, ok := w.req.Named[ref.Name]; ref.Name == "" || ref.Name == "scratch" || ok && n.Image == nil {
 		return "", false, nil

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/containerd/platforms"
+	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"golang.org/x/sync/errgroup"
 
@@ -40,6 +41,7 @@ type stageRun struct {
 	platform ocispec.Platform
 	config   dockerfile.Config
 	layers   []layer.Layer
+	chain    digest.Digest // the chain ID of layers
 	history  []ocispec.History
 	created  *time.Time // of the newest layer; nil for none
 	osFields ocispec.Platform
@@ -292,7 +294,7 @@ func (w *walk) from(ctx context.Context, s *dockerfile.Stage) (*stageRun, error)
 		if err != nil {
 			return nil, err
 		}
-		r.config, r.layers, r.history, r.created, r.osFields = base.config, base.layers, base.history, base.created, base.osFields
+		r.config, r.layers, r.chain, r.history, r.created, r.osFields = base.config, base.layers, base.chain, base.history, base.created, base.osFields
 		if s.Platform == nil {
 			r.platform = base.platform
 		}
@@ -317,7 +319,7 @@ func (w *walk) fromImage(ctx context.Context, s *dockerfile.Stage, r *stageRun) 
 		return s.Locate(err)
 	}
 	r.config = dockerfile.Config{DockerOCIImageConfig: img.Config.Config, Author: img.Config.Author}
-	r.layers, r.history, r.created = img.Layers, img.Config.History, img.Config.Created
+	r.layers, r.chain, r.history, r.created = img.Layers, layer.ChainID(img.Layers), img.Config.History, img.Config.Created
 	r.osFields.OSVersion, r.osFields.OSFeatures = img.Config.OSVersion, img.Config.OSFeatures
 	r.osFields.OS, r.osFields.Architecture, r.osFields.Variant = img.Config.OS, img.Config.Architecture, img.Config.Variant
 	if img.WrongPlatform {

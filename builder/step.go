@@ -77,7 +77,7 @@ func (w *walk) try(ctx context.Context, r *stageRun, st dockerfile.Step, name st
 	defer t.close()
 	inputs := t.inputs
 	if !t.alone {
-		inputs = append([]digest.Digest{layer.ChainID(r.layers)}, inputs...)
+		inputs = append([]digest.Digest{r.chain}, inputs...)
 	}
 	q, err := ask(t.op, inputs...)
 	if err != nil {
@@ -342,7 +342,7 @@ func (l *madeList) add(m Made) {
 func (r *stageRun) add(st dockerfile.Step, l *layer.Layer, created int64) {
 	r.config = st.Config
 	if l != nil {
-		r.layers = append(r.layers[:len(r.layers):len(r.layers)], *l)
+		r.layers, r.chain = append(r.layers[:len(r.layers):len(r.layers)], *l), l.On(r.chain)
 		if r.epoch != nil {
 			created = *r.epoch
 		}

@@ -48,16 +48,19 @@ type Layer struct {
 }
 
 // ChainID is the OCI chain ID of layers, lowest first; "" for none.
-func ChainID(layers []Layer) digest.Digest {
-	var id digest.Digest
+func ChainID(layers []Layer) (id digest.Digest) {
 	for _, l := range layers {
-		if id == "" {
-			id = l.DiffID
-			continue
-		}
-		id = digest.FromString(id.String() + " " + l.DiffID.String())
+		id = l.On(id)
 	}
 	return id
+}
+
+// On is the chain ID of l on top of the layers of which below is the chain ID.
+func (l Layer) On(below digest.Digest) digest.Digest {
+	if below == "" {
+		return l.DiffID
+	}
+	return digest.FromString(below.String() + " " + l.DiffID.String())
 }
 
 // Store holds layers and blobs in one directory. Its methods may be called
