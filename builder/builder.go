@@ -186,6 +186,7 @@ func (b *Builder) Build(ctx context.Context, req Request) (Result, error) {
 		jobs = 4 * runtime.GOMAXPROCS(0)
 	}
 	bd := &build{Builder: b, req: req, jobs: semaphore.NewWeighted(int64(jobs)), bases: newOnce[baseKey, *image.Image](), files: newOnce[string, *cache.Files](), steps: newOnce[cache.Key, memory]()}
+	defer bd.runner.Close()
 	return bd.run(ctx)
 }
 
@@ -200,6 +201,7 @@ type build struct {
 	steps       *once[cache.Key, memory]    // what steps made in this build
 	made        madeList
 	cacheMounts sync.Map // directories of those used by this build
+	runner      sandbox.Runner
 }
 
 // vertex is one line of progress.

@@ -36,6 +36,7 @@ type runKey struct {
 type runStep struct {
 	op     *dockerfile.Run
 	mounts []mount
+	more   bool // another RUN follows in the stage
 }
 
 func (b *build) runKey(r runStep, platform string) runKey {
@@ -92,11 +93,11 @@ func (w *walk) run(ctx context.Context, v *vertex, r runStep, below []layer.Laye
 	if err != nil {
 		return layer.Layer{}, err
 	}
-	return w.execute(ctx, v, p, below)
+	return w.execute(ctx, v, p, r.more, below)
 }
 
-// execute runs p on a fresh overlay over below and makes a layer of it.
-func (w *walk) execute(ctx context.Context, v *vertex, p sandbox.Process, below []layer.Layer) (layer.Layer, error) {
+// execute runs p on a fresh overlay over below and makes a layer of it; more processes may follow.
+func (w *walk) execute(ctx context.Context, v *vertex, p sandbox.Process, more bool, below []layer.Layer) (layer.Layer, error) {
 	var points []layer.MountPoint
 	for _, m := range sandbox.MountPoints(p) {
 		points = append(points, layer.MountPoint{Path: m.Path, Dir: m.Dir})
@@ -114,7 +115,7 @@ func (w *walk) execute(ctx context.Context, v *vertex, p sandbox.Process, below 
 	defer w.jobs.Release(1)
 	p.Root = rootOf(o)
 	ran := v.phase(Running)
-	err = sandbox.Run(ctx, p)
+	err = w.runner.Run(ctx, p, more)
 	ran()
 	if err != nil {
 		return layer.Layer{}, err

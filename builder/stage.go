@@ -466,14 +466,18 @@ func (w *walk) inResult(s *dockerfile.Stage) bool {
 // sinks says where the layer of a COPY or WORKDIR goes: to a tree if a RUN follows in its stage or nobody ships it,
 // else straight to the blob that leaves.
 func (w *walk) sinks(r *stageRun, st dockerfile.Step) layer.Sinks {
-	runs := slices.ContainsFunc(r.steps[r.next:], func(st dockerfile.Step) bool {
-		_, ok := st.Op.(*dockerfile.Run)
-		return ok
-	})
-	if runs || !r.ships {
+	if r.runs(r.next) || !r.ships {
 		return layer.Sinks{Tree: true, Epoch: w.req.Epoch}
 	}
 	return layer.Sinks{Blob: w.req.Ships, Epoch: w.req.Epoch}
+}
+
+// runs says whether there is a RUN among the steps from one on.
+func (r *stageRun) runs(from int) bool {
+	return slices.ContainsFunc(r.steps[from:], func(st dockerfile.Step) bool {
+		_, ok := st.Op.(*dockerfile.Run)
+		return ok
+	})
 }
 
 // announce counts the vertices of the stage, of which a base image is one, and shows that one.

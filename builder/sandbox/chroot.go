@@ -88,15 +88,14 @@ func runChroot(ctx context.Context, p Process) (err error) {
 		return err
 	}
 	defer b.close()
-	c, err := start(p)
+	c, err := spawn(roleOf(p))
 	if err != nil {
 		return &SetupError{Step: "start", Err: err}
 	}
 	defer c.close()
+	c.attach(p)
 	if err := b.put(c.process.Pid); err != nil && p.Limits != (Limits{}) {
-		c.process.Kill()
-		c.process.Wait()
-		c.finish()
+		c.kill()
 		return &SetupError{Step: "limit", Err: err}
 	}
 	stop := context.AfterFunc(ctx, func() { c.order.Close() })

@@ -155,7 +155,7 @@ func probe() error {
 	p, err := os.StartProcess(self, []string{probeName}, &os.ProcAttr{
 		Env:   []string{"GOGC=off"},
 		Files: []*os.File{nil, nil, nil},
-		Sys:   &syscall.SysProcAttr{Cloneflags: namespaces(NetworkDefault)},
+		Sys:   &syscall.SysProcAttr{Cloneflags: namespaces(false)},
 	})
 	if err != nil {
 		return err

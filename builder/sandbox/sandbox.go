@@ -7,8 +7,8 @@
 // upper holds only what the process itself changed. The caller guarantees that
 // the paths of [MountPoints] exist.
 //
-// Start at [Run], the parent's half: it starts this program again, hands the
-// process over through a pipe and waits. The child's half is [become] in init.go:
+// Start at [Runner.Run], the parent's half: it starts this program again, hands
+// the process over through a pipe and waits. The child's half is [become] in init.go:
 // it mounts (mount.go, dev.go, target.go), pivots, drops powers (powers.go,
 // seccomp.go) and executes (exec.go). What the two say to each other is in
 // handover.go. [Enter] (enter.go, idmap.go) finds the ground before any of
@@ -150,11 +150,15 @@ type Ground struct {
 	Reason   string // why this ground and not a better one
 }
 
+// Run is [Runner.Run] of one process.
+func Run(ctx context.Context, p Process) error { return new(Runner).Run(ctx, p, false) }
+
 // Run runs p and waits for it. It returns nil if the process exited with 0,
 // *[ExitError] if it did not, *[SetupError] if it could not be started, and
 // the context's error if that ended it. When Run returns, no process of the
-// sandbox is left and nothing more is written.
-func Run(ctx context.Context, p Process) error {
+// sandbox is left and nothing more is written. With more, the child of the
+// next process of this kind is started while this one runs.
+func (r *Runner) Run(ctx context.Context, p Process, more bool) error {
 	if err := ctx.Err(); err != nil {
 		return err
 	}
@@ -176,19 +180,23 @@ func Run(ctx context.Context, p Process) error {
 		return err
 	}
 	defer b.close()
-	c, err := start(p)
-	if err != nil {
-		return &SetupError{Step: "start", Err: refused(err)}
+	c := r.take(roleOf(p))
+	if c == nil {
+		if c, err = spawn(roleOf(p)); err != nil {
+			return &SetupError{Step: "start", Err: refused(err)}
+		}
 	}
 	defer c.close()
+	c.attach(p)
 	stop := context.AfterFunc(ctx, func() { c.process.Kill() })
 	defer stop()
 	// While the child starts, there is time to prepare what it will read.
 	if err := c.instruct(p, b, nodes); err != nil {
-		c.process.Kill()
-		c.process.Wait()
-		c.finish()
+		c.kill()
 		return err
+	}
+	if more {
+		r.ahead(roleOf(p))
 	}
 	started, failure := readReport(c.report)
 	state, err := c.process.Wait()
@@ -208,6 +216,7 @@ func Run(ctx context.Context, p Process) error {
 
 // running is a started child and this side of its pipes.
 type running struct {
+	role    role
 	process *os.Process
 	order   *os.File // the handover goes in here
 	report  *os.File // set-up errors come out here, then end of file at exec
@@ -215,29 +224,44 @@ type running struct {
 	outputs []*output
 }
 
-// start starts a child. It does nothing before it is instructed.
-func start(p Process) (*running, error) {
+// role is what has to be known of a process when its child starts.
+type role struct {
+	keeper   bool
+	offline  bool
+	out, err bool // has an output of its own
+	joint    bool // standard error goes where standard output goes
+}
+
+func roleOf(p Process) role {
+	joint := same(p.Stdout, p.Stderr)
+	return role{
+		keeper: p.Ground.Name == groundChroot, offline: p.Network == NetworkNone,
+		out: p.Stdout != nil, err: p.Stderr != nil && !joint, joint: joint,
+	}
+}
+
+// spawn starts a child. It does nothing before it is instructed.
+func spawn(r role) (*running, error) {
 	var t theirs
 	defer t.close()
-	c := &running{}
+	c := &running{role: r}
 	null := t.null()
 	stdout, stderr := null, null
-	if p.Stdout != nil {
-		stdout = t.output(c, p.Stdout)
+	if r.out {
+		stdout = t.output(c)
 	}
-	switch {
-	case p.Stderr == nil:
-	case same(p.Stdout, p.Stderr):
+	if r.joint {
 		stderr = stdout
-	default:
-		stderr = t.output(c, p.Stderr)
+	}
+	if r.err {
+		stderr = t.output(c)
 	}
 	var order, report *os.File
 	order, c.order = t.pipe()
 	c.report, report = t.pipe()
 	t.files = append(t.files, null, order, report)
-	files, name, flags := []*os.File{null, stdout, stderr, order, report}, childName, namespaces(p.Network)
-	if p.Ground.Name == groundChroot {
+	files, name, flags := []*os.File{null, stdout, stderr, order, report}, childName, namespaces(r.offline)
+	if r.keeper {
 		var status *os.File
 		c.status, status = t.pipe()
 		t.files = append(t.files, status)
@@ -257,10 +281,26 @@ func start(p Process) (*running, error) {
 		c.close()
 		return nil, err
 	}
-	for _, o := range c.outputs {
+	return c, nil
+}
+
+// attach lets what the child prints go where p wants it.
+func (c *running) attach(p Process) {
+	to := []io.Writer{p.Stdout, p.Stderr}
+	if !c.role.out {
+		to = to[1:]
+	}
+	for i, o := range c.outputs {
+		o.to = to[i]
 		go o.pump()
 	}
-	return c, nil
+}
+
+// kill ends a child that is to be no process.
+func (c *running) kill() {
+	c.process.Kill()
+	c.process.Wait()
+	c.finish()
 }
 
 // theirs are the files that only the child keeps. After an error nothing more
@@ -282,10 +322,10 @@ func (t *theirs) pipe() (r, w *os.File) {
 	return r, w
 }
 
-func (t *theirs) output(c *running, to io.Writer) *os.File {
+func (t *theirs) output(c *running) *os.File {
 	r, w := t.pipe()
 	t.files = append(t.files, w)
-	c.outputs = append(c.outputs, &output{from: r, to: to, done: make(chan struct{})})
+	c.outputs = append(c.outputs, &output{from: r, done: make(chan struct{})})
 	return w
 }
 
@@ -320,9 +360,9 @@ func attributes(flags uintptr) *syscall.SysProcAttr {
 	return a
 }
 
-func namespaces(n Network) uintptr {
+func namespaces(offline bool) uintptr {
 	flags := uintptr(syscall.CLONE_NEWNS | syscall.CLONE_NEWPID | syscall.CLONE_NEWIPC | syscall.CLONE_NEWUTS)
-	if n == NetworkNone {
+	if offline {
 		flags |= syscall.CLONE_NEWNET
 	}
 	return flags

@@ -322,7 +322,7 @@ func TestOverlayClassic(t *testing.T) {
 	cmd := exec.Command(self)
 	cmd.Args = []string{classicName}
 	cmd.Env = []string{boxEnv + "=" + b.dir}
-	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: namespaces(NetworkDefault)}
+	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: namespaces(false)}
 	if out, err := cmd.CombinedOutput(); err != nil {
 		t.Fatalf("%v: %s", err, out)
 	}

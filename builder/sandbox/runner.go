@@ -1,0 +1,80 @@
+package sandbox
+
+import (
+	"errors"
+	"runtime"
+	"slices"
+	"sync"
+	"syscall"
+)
+
+// Runner runs processes one after the other or side by side, and starts
+// children ahead of the processes that they become: to start one takes longer
+// than all else about a short step. The zero value is ready. Close ends those
+// that nobody needed.
+type Runner struct {
+	mu   sync.Mutex
+	idle []*running
+}
+
+// ahead starts a child for a process that is likely to come. That it cannot is
+// for the process to find out.
+func (r *Runner) ahead(of role) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if len(r.idle) >= runtime.GOMAXPROCS(0) {
+		return
+	}
+	if c, err := spawn(of); err == nil {
+		r.idle = append(r.idle, c)
+	}
+}
+
+// take returns a child that waits for a process of a role; nil if there is none.
+func (r *Runner) take(of role) *running {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for {
+		i := slices.IndexFunc(r.idle, func(c *running) bool { return c.role == of })
+		if i < 0 {
+			return nil
+		}
+		c := r.idle[i]
+		r.idle = slices.Delete(r.idle, i, i+1)
+		if c.waits() {
+			return c
+		}
+		c.dismiss()
+	}
+}
+
+// waits says whether an idle child is alive: a dead one has closed its report.
+func (c *running) waits() bool {
+	raw, err := c.report.SyscallConn()
+	if err != nil {
+		return false
+	}
+	var b [1]byte
+	rawErr := raw.Read(func(fd uintptr) bool {
+		_, err = syscall.Read(int(fd), b[:])
+		return true
+	})
+	return rawErr == nil && errors.Is(err, syscall.EAGAIN)
+}
+
+// dismiss ends a child that no process was attached to.
+func (c *running) dismiss() {
+	c.process.Kill()
+	c.process.Wait()
+	c.close()
+}
+
+// Close ends the children that wait. The Runner can be used again.
+func (r *Runner) Close() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for _, c := range r.idle {
+		c.dismiss()
+	}
+	r.idle = nil
+}
