@@ -14,6 +14,7 @@ import (
 	"errors"
 	"flag"
 	"fmt"
+	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -45,9 +46,9 @@ func main() {
 	}
 	o := options{}
 	flag.Float64Var(&o.scale, "scale", 0.1, "size of all work; 1 is 30,000 files, 1 GiB, a base of 300,000 files")
-	flag.IntVar(&o.rounds, "rounds", 3, "how often each builder does each work")
+	flag.IntVar(&o.rounds, "rounds", 3, "how often filo and peers without a number of their own do each work")
 	only := flag.String("work", "", "do only works whose name matches this `regexp`")
-	flag.StringVar(&o.peers, "peers", "all", "comma-separated builders besides filo: "+strings.Join(peerNames(), ", ")+"; all, none")
+	flag.StringVar(&o.peers, "peers", "all", "comma-separated builders besides filo: "+strings.Join(peerNames(), ", ")+"; all, none; buildah:2 does 2 rounds at most")
 	flag.StringVar(&o.filo, "filo", "", "filo `binary` (default built from this tree)")
 	flag.StringVar(&o.dir, "dir", filepath.Join(os.TempDir(), "filo-bench"), "where inputs and state are kept")
 	flag.BoolVar(&o.keep, "keep", false, "keep the builders' state")
@@ -81,7 +82,8 @@ func run(o options) (err error) {
 	}
 	defer reg.Close()
 	in := &inputsOf{dir: inputs, scale: o.scale, registry: reg}
-	all := builders(o, scratch, reg.Host)
+	spread(scratch)
+	all := contenders(o, scratch, reg.Host)
 	defer func() {
 		for _, b := range all {
 			err = errors.Join(err, b.stop())
@@ -97,7 +99,7 @@ func run(o options) (err error) {
 		if err != nil {
 			return fmt.Errorf("%s: make inputs: %w", w.name, err)
 		}
-		t.measure(w, job, all, o.rounds, scratch)
+		t.measure(w, job, all, scratch)
 	}
 	t.print(o, all)
 	return nil
@@ -124,6 +126,7 @@ type table struct {
 // line is one work in one case: cold, cached, changed.
 type line struct {
 	name    string
+	wanted  float64 // ratio to BuildKit; 0 for none
 	floor   time.Duration
 	by      map[string][]usage // by builder
 	listing map[string]string  // digest of the result, by builder
@@ -140,17 +143,18 @@ func (t *table) line(name string) *line {
 }
 
 // measure lets all builders do the work in turn, rounds times.
-func (t *table) measure(w work, j *job, all []builder, rounds int, scratch string) {
+func (t *table) measure(w work, j *job, all []contender, scratch string) {
 	for _, c := range w.cases {
 		l := t.line(w.name + " " + c)
+		l.wanted = w.wanted[c]
 		if f := j.floor[c]; f != nil {
 			l.floor = f()
 		}
 	}
 	broken := map[string]bool{}
-	for round := range rounds {
-		for _, b := range all {
-			if broken[b.name()] {
+	for round := range all[0].rounds {
+		for i, b := range all {
+			if broken[b.name()] || round >= b.rounds || w.alone && (i > 0 || round > 0) {
 				continue
 			}
 			fmt.Fprintf(os.Stderr, "%s: round %d: %s\n", w.name, round+1, b.name())
@@ -201,40 +205,59 @@ func (t *table) round(w work, j *job, b builder, round int, scratch string) erro
 }
 
 // print writes the medians, one row a builder.
-func (t *table) print(o options, all []builder) {
+func (t *table) print(o options, all []contender) {
 	w := tabwriter.NewWriter(os.Stdout, 0, 0, 2, ' ', tabwriter.AlignRight)
-	fmt.Printf("medians of %d rounds at scale %g; ratio is that builder's time over filo's; floor is filo's over the least the kernel needs\n", o.rounds, o.scale)
-	fmt.Fprintln(w, "work\tbuilder\twall\tspread\tratio\tfloor\tCPU\tmemory\twritten\trequests\t")
+	fmt.Printf("medians at scale %g; ratio is that builder's time over filo's, wanted what filo is to reach; floor is filo's over the least the kernel needs\n", o.scale)
+	fmt.Fprintln(w, "work\tbuilder\trounds\twall\tspread\tratio\twanted\tfloor\tCPU\tmemory\twritten\trequests\t")
 	for _, l := range t.lines {
-		mine, ok := l.by["filo"]
 		for _, b := range all {
-			us := l.by[b.name()]
-			if len(us) == 0 {
-				continue
+			if us := l.by[b.name()]; len(us) > 0 {
+				t.row(w, l, b.name(), us)
 			}
-			m := median(us)
-			ratio, floor := "", ""
-			switch {
-			case b.name() == "filo" && l.floor > 0:
-				floor = fmt.Sprintf("%.1f", float64(m.wall)/float64(l.floor))
-			case b.name() == "filo" || !ok:
-			case l.listing[b.name()] != l.listing["filo"]:
-				ratio = "unequal"
-				t.notes = append(t.notes, fmt.Sprintf("%s: the results of filo and %s differ: run with -keep and compare the listings", l.name, b.name()))
-			default:
-				ratio = fmt.Sprintf("%.1f", float64(m.wall)/float64(median(mine).wall))
-			}
-			fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\t%.2fs\t%dM\t%dM\t%s\t\n", l.name, b.name(), m.wall.Round(100*time.Microsecond), spread(us), ratio, floor,
-				m.cpu.Seconds(), m.memory>>20, m.written>>20, counted(m.requests))
 		}
 	}
 	w.Flush()
+	fmt.Println(t.peak())
 	for _, p := range missing(o) {
 		fmt.Println("not installed:", p)
 	}
 	for _, n := range t.notes {
 		fmt.Println("note:", n)
 	}
+}
+
+func (t *table) row(w io.Writer, l *line, name string, us []usage) {
+	m, mine := median(us), l.by["filo"]
+	ratio, wanted, floor := "", "", ""
+	switch {
+	case name == "filo" && l.floor > 0:
+		floor = fmt.Sprintf("%.1f", float64(m.wall)/float64(l.floor))
+	case name == "filo" || len(mine) == 0:
+	case l.listing[name] != l.listing["filo"]:
+		ratio = "unequal"
+		t.notes = append(t.notes, fmt.Sprintf("%s: the results of filo and %s differ: run with -keep and compare the listings", l.name, name))
+	default:
+		ratio = fmt.Sprintf("%.1f", float64(m.wall)/float64(median(mine).wall))
+	}
+	if name == "buildkit" && l.wanted > 0 {
+		wanted = fmt.Sprintf("%g", l.wanted)
+	}
+	fmt.Fprintf(w, "%s\t%s\t%d\t%s\t%s\t%s\t%s\t%s\t%.2fs\t%dM\t%dM\t%s\t\n", l.name, name, len(us), m.wall.Round(100*time.Microsecond), spreadOf(us), ratio, wanted, floor,
+		m.cpu.Seconds(), m.memory>>20, m.written>>20, counted(m.requests))
+}
+
+// peak says in which work filo needed the most memory.
+func (t *table) peak() string {
+	var most int64
+	var in string
+	for _, l := range t.lines {
+		for _, u := range l.by["filo"] {
+			if u.memory > most {
+				most, in = u.memory, l.name
+			}
+		}
+	}
+	return fmt.Sprintf("the most memory that filo needed: %d MiB, in %s", most>>20, in)
 }
 
 func counted(n int) string {
@@ -244,8 +267,8 @@ func counted(n int) string {
 	return fmt.Sprint(n)
 }
 
-// spread is the least and the greatest wall time.
-func spread(us []usage) string {
+// spreadOf is the least and the greatest wall time.
+func spreadOf(us []usage) string {
 	by := func(a, b usage) int { return cmp.Compare(a.wall, b.wall) }
 	return fmt.Sprintf("%.3g–%.3gs", slices.MinFunc(us, by).wall.Seconds(), slices.MaxFunc(us, by).wall.Seconds())
 }

@@ -7,9 +7,12 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"syscall"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // task is one build.
@@ -28,20 +31,39 @@ type builder interface {
 	stop() error
 }
 
+// place is where a builder keeps its state: another directory after each reset, see [spread].
+type place struct {
+	top string // holds all of them
+	n   int
+}
+
+func (p *place) dir() string { return fmt.Sprintf("%s/%d", p.top, p.n) }
+
+// renew leaves the state behind and makes an empty directory for the next.
+func (p *place) renew() error {
+	old := p.dir()
+	p.n++
+	if err := errors.Join(discard(old), os.MkdirAll(p.top, 0o755)); err != nil {
+		return err
+	}
+	spread(p.top)
+	return os.MkdirAll(p.dir(), 0o755)
+}
+
 // peer is a builder besides filo and what must be installed for it.
 type peer struct {
 	name  string
 	needs []string
-	make  func(dir, registry string) builder
+	make  func(at *place, registry string) builder
 }
 
 func peers() []peer {
 	return []peer{
-		{"buildkit", []string{"buildkitd", "buildctl", "runc"}, func(dir, reg string) builder { return &buildkit{dir: dir, registry: reg} }},
-		{"docker", []string{"docker", "dockerd"}, func(dir, reg string) builder { return &docker{dir: dir} }},
-		{"buildah", []string{"buildah"}, func(dir, reg string) builder { return &podman{"buildah", dir} }},
-		{"podman", []string{"podman"}, func(dir, reg string) builder { return &podman{"podman", dir} }},
-		{"kaniko", []string{"executor", "unshare"}, func(dir, reg string) builder { return &kaniko{dir: dir} }},
+		{"buildkit", []string{"buildkitd", "buildctl", "runc"}, func(at *place, reg string) builder { return &buildkit{place: at, registry: reg} }},
+		{"docker", []string{"docker", "dockerd"}, func(at *place, reg string) builder { return &docker{at} }},
+		{"buildah", []string{"buildah"}, func(at *place, reg string) builder { return &podman{"buildah", at} }},
+		{"podman", []string{"podman"}, func(at *place, reg string) builder { return &podman{"podman", at} }},
+		{"kaniko", []string{"executor", "unshare"}, func(at *place, reg string) builder { return &kaniko{at} }},
 	}
 }
 
@@ -60,16 +82,34 @@ func (p peer) installed() bool {
 	})
 }
 
-func (p peer) wanted(o options) bool {
-	return o.peers == "all" || slices.Contains(strings.Split(o.peers, ","), p.name)
+// rounds is how often a peer is to do each work; 0 for one that is not wanted.
+func (p peer) rounds(o options) int {
+	for _, want := range strings.Split(o.peers, ",") {
+		name, n, limited := strings.Cut(want, ":")
+		if name != p.name && name != "all" {
+			continue
+		}
+		if rounds, err := strconv.Atoi(n); limited && err == nil {
+			return min(rounds, o.rounds)
+		}
+		return o.rounds
+	}
+	return 0
 }
 
-// builders returns filo and the peers that are wanted and installed.
-func builders(o options, dir, registry string) []builder {
-	all := []builder{&filoBuilder{binary: o.filo, dir: filepath.Join(dir, "filo")}}
+// contender is a builder and how often it does each work.
+type contender struct {
+	builder
+	rounds int
+}
+
+// contenders returns filo and the peers that are wanted and installed.
+func contenders(o options, dir, registry string) []contender {
+	at := func(name string) *place { return &place{top: filepath.Join(dir, name)} }
+	all := []contender{{&filoBuilder{binary: o.filo, place: at("filo")}, o.rounds}}
 	for _, p := range peers() {
-		if p.wanted(o) && p.installed() {
-			all = append(all, p.make(filepath.Join(dir, p.name), registry))
+		if n := p.rounds(o); n > 0 && p.installed() {
+			all = append(all, contender{p.make(at(p.name), registry), n})
 		}
 	}
 	return all
@@ -79,7 +119,7 @@ func builders(o options, dir, registry string) []builder {
 func missing(o options) []string {
 	var names []string
 	for _, p := range peers() {
-		if p.wanted(o) && !p.installed() {
+		if p.rounds(o) > 0 && !p.installed() {
 			names = append(names, fmt.Sprintf("%s (needs %s)", p.name, strings.Join(p.needs, ", ")))
 		}
 	}
@@ -98,27 +138,45 @@ func discard(dir string) error {
 	return os.RemoveAll(dir)
 }
 
+// spread makes the file system put what is made in the directories of dir far from each other, where it can: ext4 looks
+// at each inode that was deleted nearby in the last minutes before it takes one, and nobody should pay for what the
+// bench deletes between rounds.
+func spread(dir string) {
+	f, err := os.Open(dir)
+	if err != nil {
+		return
+	}
+	defer f.Close()
+	if flags, err := unix.IoctlGetUint32(int(f.Fd()), unix.FS_IOC_GETFLAGS); err == nil {
+		const topdir = 0x20000 // FS_TOPDIR_FL
+		_ = unix.IoctlSetPointerInt(int(f.Fd()), unix.FS_IOC_SETFLAGS, int(flags|topdir))
+	}
+}
+
 // emptied makes dir an empty directory.
 func emptied(dir string) error {
 	return errors.Join(discard(dir), os.MkdirAll(dir, 0o755))
 }
 
-type filoBuilder struct{ binary, dir string }
+type filoBuilder struct {
+	*place
+	binary string
+}
 
 func (b *filoBuilder) name() string { return "filo" }
 func (b *filoBuilder) stop() error  { return nil }
 
 func (b *filoBuilder) reset() error {
-	if _, err := os.Stat(b.dir); err == nil { // an ordinary user can't remove what belongs to other ids of a rootless build
-		if err := exec.Command(b.binary, "prune", "--all", "--root", b.dir).Run(); err != nil {
+	if _, err := os.Stat(b.dir()); err == nil { // an ordinary user can't remove what belongs to other ids of a rootless build
+		if err := exec.Command(b.binary, "prune", "--all", "--root", b.dir()).Run(); err != nil {
 			return err
 		}
 	}
-	return emptied(b.dir)
+	return b.renew()
 }
 
 func (b *filoBuilder) build(k task) (usage, error) {
-	args := []string{b.binary, "build", "--root", b.dir, "--progress", "plain", "-f", k.file}
+	args := []string{b.binary, "build", "--root", b.dir(), "--progress", "plain", "-f", k.file}
 	if k.push != "" {
 		args = append(args, "--push", "-t", k.push)
 	} else {
@@ -130,12 +188,13 @@ func (b *filoBuilder) build(k task) (usage, error) {
 
 // buildkit is a buildkitd of its own.
 type buildkit struct {
-	dir, registry string
-	daemon        *exec.Cmd
+	*place
+	registry string
+	daemon   *exec.Cmd
 }
 
 func (b *buildkit) name() string    { return "buildkit" }
-func (b *buildkit) address() string { return "unix://" + filepath.Join(b.dir, "sock") }
+func (b *buildkit) address() string { return "unix://" + filepath.Join(b.dir(), "sock") }
 
 func (b *buildkit) stop() error {
 	if b.daemon == nil {
@@ -148,15 +207,15 @@ func (b *buildkit) stop() error {
 }
 
 func (b *buildkit) reset() error {
-	if err := errors.Join(b.stop(), emptied(b.dir)); err != nil {
+	if err := errors.Join(b.stop(), b.renew()); err != nil {
 		return err
 	}
-	log, err := os.Create(filepath.Join(b.dir, "log"))
+	log, err := os.Create(filepath.Join(b.dir(), "log"))
 	if err != nil {
 		return err
 	}
 	defer log.Close()
-	b.daemon = exec.Command("buildkitd", "--root", filepath.Join(b.dir, "state"), "--addr", b.address(),
+	b.daemon = exec.Command("buildkitd", "--root", filepath.Join(b.dir(), "state"), "--addr", b.address(),
 		"--containerd-worker=false", "--oci-worker-gc=false", "--oci-worker-snapshotter=overlayfs", "--oci-worker-net=host")
 	b.daemon.Stdout, b.daemon.Stderr = log, log
 	if err := b.daemon.Start(); err != nil {
@@ -185,7 +244,7 @@ func (b *buildkit) build(k task) (usage, error) {
 }
 
 // docker is the BuildKit in a running dockerd, which is not ours to stop: its cache is pruned, its own cost not seen.
-type docker struct{ dir string }
+type docker struct{ *place }
 
 func (b *docker) name() string { return "docker" }
 func (b *docker) stop() error  { return nil }
@@ -195,7 +254,7 @@ func (b *docker) reset() error {
 	if err != nil {
 		return fmt.Errorf("%w: %s", err, out)
 	}
-	return emptied(b.dir)
+	return b.renew()
 }
 
 func (b *docker) build(k task) (usage, error) {
@@ -214,15 +273,18 @@ func (b *docker) build(k task) (usage, error) {
 }
 
 // podman is buildah or podman, which share their storage code and flags.
-type podman struct{ program, dir string }
+type podman struct {
+	program string
+	*place
+}
 
 func (b *podman) name() string { return b.program }
 func (b *podman) stop() error  { return nil }
-func (b *podman) reset() error { return emptied(b.dir) }
+func (b *podman) reset() error { return b.renew() }
 
 func (b *podman) build(k task) (usage, error) {
 	base := []string{
-		b.program, "--root", filepath.Join(b.dir, "root"), "--runroot", filepath.Join(b.dir, "run"), "--storage-driver", "overlay",
+		b.program, "--root", filepath.Join(b.dir(), "root"), "--runroot", filepath.Join(b.dir(), "run"), "--storage-driver", "overlay",
 	}
 	var env []string
 	if _, err := exec.LookPath("runc"); err == nil { // crun refuses hybrid cgroups
@@ -247,14 +309,14 @@ func (b *podman) build(k task) (usage, error) {
 }
 
 // kaniko is its executor in a root file system of its own, which it empties with each build.
-type kaniko struct{ dir string }
+type kaniko struct{ *place }
 
 func (b *kaniko) name() string { return "kaniko" }
 func (b *kaniko) stop() error  { return nil }
-func (b *kaniko) reset() error { return emptied(b.dir) }
+func (b *kaniko) reset() error { return b.renew() }
 
 func (b *kaniko) build(k task) (usage, error) {
-	root := filepath.Join(b.dir, "root")
+	root := filepath.Join(b.dir(), "root")
 	for _, dir := range []string{"kaniko", "context", "out", "proc", "dev", "etc", "cache"} {
 		if err := os.MkdirAll(filepath.Join(root, dir), 0o755); err != nil {
 			return usage{}, err

@@ -1,18 +1,25 @@
 package main
 
 import (
+	"archive/tar"
+	"bufio"
 	"crypto/sha256"
+	"errors"
+	"fmt"
 	"io"
 	"io/fs"
 	"os"
 	"os/exec"
+	"path"
 	"path/filepath"
 	"runtime"
+	"strings"
 	"sync"
 	"syscall"
 	"time"
 
 	"github.com/klauspost/compress/flate"
+	"github.com/klauspost/compress/gzip"
 )
 
 // floorRun is the least that one namespaced process on an overlay costs: clone with new namespaces, mount, execute,
@@ -59,6 +66,78 @@ func floorWalk(dir string) time.Duration {
 // what is read, the file's and the tar's, and one of what is written; the least that could do it needs all three.
 func floorCopy(dir string) time.Duration {
 	return least(func() { each(dir, digester) })
+}
+
+// floorScript is what a script takes that writes below /out, as a program of this machine in an ordinary directory. It is
+// 0 where there is no busybox.
+func floorScript(dir, script string) time.Duration {
+	shell, err := exec.LookPath("busybox")
+	if err != nil {
+		return 0
+	}
+	top, n := filepath.Join(dir, "floor"), 0
+	defer os.RemoveAll(top)
+	return least(func() {
+		n++
+		_ = exec.Command(shell, "sh", "-c", strings.ReplaceAll(script, "/out/", fmt.Sprintf("%s/%d/", top, n))).Run()
+	})
+}
+
+// floorPull is what it takes to unpack the layers of an image, side by side: each blob is read, hashed and decompressed,
+// its tar hashed, and each file written; the least that could be trusted needs both digests.
+func floorPull(registry, digest, dir string) time.Duration {
+	m, err := readManifest(registry, digest)
+	if err != nil {
+		return 0
+	}
+	top, n := filepath.Join(dir, "floor"), 0
+	defer os.RemoveAll(top)
+	return least(func() {
+		n++
+		var g sync.WaitGroup
+		for i, l := range m.Layers {
+			g.Go(func() { _ = unpackBlob(blobPath(registry, l.Digest), fmt.Sprintf("%s/%d/%d", top, n, i)) })
+		}
+		g.Wait()
+	})
+}
+
+func unpackBlob(blob, to string) error {
+	f, err := os.Open(blob)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	z, err := gzip.NewReader(io.TeeReader(bufio.NewReaderSize(f, blockSize), sha256.New()))
+	if err != nil {
+		return err
+	}
+	t := tar.NewReader(io.TeeReader(z, sha256.New()))
+	for {
+		h, err := t.Next()
+		if err != nil {
+			return err // at best io.EOF
+		}
+		name := filepath.Join(to, filepath.FromSlash(path.Clean("/"+h.Name)))
+		switch h.Typeflag {
+		case tar.TypeDir:
+			err = os.MkdirAll(name, 0o755)
+		case tar.TypeReg:
+			err = writeFile(name, t)
+		}
+		if err != nil {
+			return err
+		}
+	}
+}
+
+func writeFile(name string, content io.Reader) error {
+	f, err := os.Create(name)
+	if err != nil {
+		return err
+	}
+	_, err = io.Copy(f, content)
+	return errors.Join(err, f.Close())
 }
 
 // digester returns what reads, hashes and compresses one block after the other.

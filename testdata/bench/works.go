@@ -12,9 +12,11 @@ import (
 
 // work is something to build, in one case after the other.
 type work struct {
-	name  string
-	cases []string
-	make  func(*inputsOf) (*job, error)
+	name   string
+	cases  []string
+	make   func(*inputsOf) (*job, error)
+	wanted map[string]float64 // ratio to BuildKit that filo is to reach, by case
+	alone  bool               // filo alone does it, once: it is there for the memory
 }
 
 // job is a work with its inputs made.
@@ -43,18 +45,25 @@ const (
 	changed = "one changed"
 )
 
+// works are in an order in which those of many processes come before those of many files.
 func works() []work {
+	type want = map[string]float64
+	runs := func(base string, n int) func(*inputsOf) (*job, error) {
+		return func(in *inputsOf) (*job, error) { return in.runs(base, in.few(n)) }
+	}
 	return []work{
-		{"30 RUN", []string{cold, cached}, func(in *inputsOf) (*job, error) { return in.runs("small", in.few(30)) }},
-		{"COPY 30,000 files", []string{cold, cached, changed}, (*inputsOf).files},
-		{"COPY 1 GiB", []string{cold, cached}, (*inputsOf).big},
-		{"RUN writing 15,000 files", []string{cold}, (*inputsOf).writing},
-		{"pull 200 MB", []string{cold}, (*inputsOf).pull},
-		{"3 stages", []string{cold}, (*inputsOf).stages},
-		{"push unchanged", []string{cold, cached}, (*inputsOf).pushing},
-		{"10 RUN on busybox", []string{cold}, func(in *inputsOf) (*job, error) { return in.runs("small", 10) }},
-		{"10 RUN on 300,000 files", []string{cold}, func(in *inputsOf) (*job, error) { return in.runs("many", 10) }},
-		{"10 RUN up to 120 layers", []string{cold}, func(in *inputsOf) (*job, error) { return in.runs("deep", 10) }},
+		{name: "30 RUN", cases: []string{cold, cached}, make: runs("small", 30), wanted: want{cold: 8, cached: 6}},
+		{name: "10 RUN on busybox", cases: []string{cold}, make: runs("small", 10)},
+		{name: "10 RUN up to 120 layers", cases: []string{cold}, make: runs("deep", 10)},
+		{name: "10 RUN on 300,000 files", cases: []string{cold}, make: runs("many", 10)},
+		{name: "3 stages", cases: []string{cold}, make: (*inputsOf).stages},
+		{name: "push unchanged", cases: []string{cold, cached}, make: (*inputsOf).pushing},
+		{name: "RUN writing 15,000 files", cases: []string{cold}, make: (*inputsOf).writing, wanted: want{cold: 3}},
+		{name: "pull 200 MB", cases: []string{cold}, make: (*inputsOf).pull, wanted: want{cold: 2}},
+		{name: "30 RUN on 200 MB", cases: []string{cold, cached}, make: runs("heavy", 30), wanted: want{cold: 8, cached: 6}},
+		{name: "COPY 30,000 files", cases: []string{cold, cached, changed}, make: (*inputsOf).files, wanted: want{cold: 6, cached: 12, changed: 8}},
+		{name: "COPY 1 GiB", cases: []string{cold, cached}, make: (*inputsOf).big, wanted: want{cold: 6, cached: 50}},
+		{name: "COPY 8 GiB", cases: []string{cold}, make: (*inputsOf).huge, alone: true},
 	}
 }
 
@@ -266,13 +275,30 @@ func (in *inputsOf) big() (*job, error) {
 	return j, nil
 }
 
+// huge is a file of which only the holes count: what filo does with them depends on their length.
+func (in *inputsOf) huge() (*job, error) {
+	dir, err := in.once("huge", func(dir string) error {
+		path := filepath.Join(dir, "huge")
+		return errors.Join(os.WriteFile(path, nil, 0o644), os.Truncate(path, int64(in.scaled(8<<30))))
+	})
+	if err != nil {
+		return nil, err
+	}
+	return in.job("huge", "small", dir, "FROM %s\nCOPY huge /huge\n")
+}
+
 func (in *inputsOf) writing() (*job, error) {
 	dir, err := in.empty()
 	if err != nil {
 		return nil, err
 	}
 	const script = `i=0; while [ $i -lt %d ]; do if [ $((i %% 100)) = 0 ]; then d=/out/d$i; mkdir -p $d; fi; echo content of file $i > $d/f$i; i=$((i+1)); done`
-	return in.job("writing", "small", dir, "FROM %s\nRUN "+strings.ReplaceAll(fmt.Sprintf(script, in.scaled(15_000)), "%", "%%")+"\n")
+	run := fmt.Sprintf(script, in.scaled(15_000))
+	j, err := in.job("writing", "small", dir, "FROM %s\nRUN "+strings.ReplaceAll(run, "%", "%%")+"\n")
+	if err == nil {
+		j.floor = map[string]func() time.Duration{cold: func() time.Duration { return floorScript(in.dir, run) }}
+	}
+	return j, err
 }
 
 func (in *inputsOf) pull() (*job, error) {
@@ -281,10 +307,16 @@ func (in *inputsOf) pull() (*job, error) {
 		return nil, err
 	}
 	j, err := in.job("pull", "heavy", dir, "FROM %s\nRUN echo > /done\n")
-	if err == nil {
-		j.warm = ""
+	if err != nil {
+		return nil, err
 	}
-	return j, err
+	digest, err := in.registry.tagged("heavy", "latest")
+	if err != nil {
+		return nil, err
+	}
+	j.warm = ""
+	j.floor = map[string]func() time.Duration{cold: func() time.Duration { return floorPull(in.registry.dir, digest, in.dir) }}
+	return j, nil
 }
 
 func (in *inputsOf) stages() (*job, error) {
