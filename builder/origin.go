@@ -35,6 +35,9 @@ func (o *origin) file(name, rel string) (file, error) {
 	case *rootfs.Stat:
 		e, inode, err := o.statEntry(name, fi, st)
 		e.Path = rel
+		if e.Type == layer.Regular && e.Digest == "" { // here, where files are looked at side by side
+			e.Digest, _ = o.known(name, st)
+		}
 		return file{Entry: e, inode: inode, stat: st}, err
 	}
 	return file{}, fmt.Errorf("lstat %s: unknown file system %T", name, o.fs)

@@ -386,10 +386,6 @@ func (o *origin) digestAll(ctx context.Context, all []picked) error {
 				break
 			}
 			name := under(p.root, f.Path)
-			if d, ok := o.known(name, f.stat); ok {
-				f.Digest = d
-				continue
-			}
 			g.Go(func() (err error) {
 				f.Digest, err = o.digest(name, f.stat)
 				return err

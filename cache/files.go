@@ -29,7 +29,7 @@ const filesMagic = "filo files 1\n"
 type Files struct {
 	s       *Store
 	path    string
-	mu      sync.Mutex
+	mu      sync.RWMutex
 	known   map[string]remembered
 	changed bool
 }
@@ -56,9 +56,9 @@ func (s *Store) Files(root string) *Files {
 // Known returns the remembered digest of the file at path, which st describes, if nothing stat shows has changed since
 // and the change before was safely older than the record.
 func (f *Files) Known(path string, st rootfs.Stat) (digest.Digest, bool) {
-	f.mu.Lock()
+	f.mu.RLock()
 	old, ok := f.known[path]
-	f.mu.Unlock()
+	f.mu.RUnlock()
 	now := seen(st)
 	now.Noted, now.Sum = old.Noted, old.Sum
 	if !ok || now != old || old.Ctime >= old.Noted-int64(margin) {

@@ -421,21 +421,12 @@ func (x *index) decoder(i int) decoder {
 // entry decodes record i.
 func (x *index) entry(i int) (Entry, bool) {
 	d := x.decoder(i)
-	e := Entry{Path: d.text(), Type: Type(d.byte())}
+	e := d.attributes()
+	if e.Type == Regular {
+		e.Digest = d.digest()
+	}
 	if e.Type == Whiteout || e.Type == Opaque {
 		return e, !d.bad
-	}
-	e.Mode = uint32(d.uint())
-	e.UID, e.GID = int(d.uint()), int(d.uint())
-	e.ModTime = d.int()
-	switch e.Type {
-	case Regular:
-		e.Size = int64(d.uint())
-		e.Digest = d.digest()
-	case Symlink, Hardlink:
-		e.Link = d.text()
-	case Char, Block:
-		e.Major, e.Minor = uint32(d.uint()), uint32(d.uint())
 	}
 	for n := d.uint(); n > 0 && !d.bad; n-- {
 		if e.Xattrs == nil {
@@ -444,6 +435,13 @@ func (x *index) entry(i int) (Entry, bool) {
 		name := d.text()
 		e.Xattrs[name] = d.text()
 	}
+	return e, !d.bad
+}
+
+// attributes decodes what stat would tell of record i, and allocates nothing.
+func (x *index) attributes(i int) (Entry, bool) {
+	d := x.decoder(i)
+	e := d.attributes()
 	return e, !d.bad
 }
 
@@ -488,6 +486,26 @@ func (d *decoder) uint() uint64 {
 func (d *decoder) int() int64 {
 	v := d.uint()
 	return int64(v>>1) ^ -int64(v&1)
+}
+
+// attributes reads a record but for its digest and extended attributes.
+func (d *decoder) attributes() Entry {
+	e := Entry{Path: d.text(), Type: Type(d.byte())}
+	if e.Type == Whiteout || e.Type == Opaque {
+		return e
+	}
+	e.Mode = uint32(d.uint())
+	e.UID, e.GID = int(d.uint()), int(d.uint())
+	e.ModTime = d.int()
+	switch e.Type {
+	case Regular:
+		e.Size = int64(d.uint())
+	case Symlink, Hardlink:
+		e.Link = d.text()
+	case Char, Block:
+		e.Major, e.Minor = uint32(d.uint()), uint32(d.uint())
+	}
+	return e
 }
 
 func (d *decoder) text() string { return d.take(d.uint()) }

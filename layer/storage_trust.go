@@ -126,19 +126,19 @@ func (c *treeCheck) entries(ctx context.Context, root *rootfs.Root, from, to int
 		return err
 	}
 	defer dirs.close()
-	buf := []byte(nil)
+	decode, buf := c.x.attributes, []byte(nil)
 	if c.deep {
-		buf = make([]byte, copyBuffer)
+		decode, buf = c.x.entry, make([]byte, copyBuffer)
 	}
 	for i := from; i < to; i++ {
 		if ctx.Err() != nil {
 			return context.Cause(ctx)
 		}
-		e, ok := c.x.entry(i)
+		e, ok := decode(i)
 		if !ok || e.Type == Opaque || c.plain && e.Type == Whiteout {
 			continue
 		}
-		parent, err := dirs.open(path.Dir(e.Path), false)
+		parent, err := dirs.open(parentOf(e.Path), false)
 		if err != nil {
 			return err
 		}

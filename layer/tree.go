@@ -617,6 +617,7 @@ func retry(call func() error) error {
 type dirStack struct {
 	names []string
 	dirs  []*rootfs.Dir // dirs[0] is the root, dirs[i+1] is names[i] in dirs[i]
+	last  string        // path of the last of dirs; "" if it has to be found out
 }
 
 // maxStack bounds the open descriptors; overlays and tars of real images are
@@ -640,11 +641,15 @@ func (s *dirStack) cut(n int) {
 		s.dirs = s.dirs[:len(s.dirs)-1]
 	}
 	s.names = s.names[:max(0, min(n, len(s.names)))]
+	s.last = ""
 }
 
 // open returns the directory p; it stays open until the next call. With mk
 // directories that are missing are made.
 func (s *dirStack) open(p string, mk bool) (*rootfs.Dir, error) {
+	if p == s.last {
+		return s.dirs[len(s.dirs)-1], nil
+	}
 	var names []string
 	if p != "." {
 		names = strings.Split(p, "/")
@@ -671,6 +676,7 @@ func (s *dirStack) open(p string, mk bool) (*rootfs.Dir, error) {
 		s.names = append(s.names, name)
 		s.dirs = append(s.dirs, d)
 	}
+	s.last = p
 	return s.dirs[len(s.dirs)-1], nil
 }
 
