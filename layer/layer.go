@@ -28,6 +28,7 @@ package layer
 import (
 	"context"
 	"crypto/sha256"
+	"encoding/binary"
 	"encoding/hex"
 	"errors"
 	"fmt"
@@ -71,6 +72,7 @@ type Store struct {
 	storage func() Storage
 	pool    pool     // of merged directories
 	held    *os.File // shared lock on <dir>/lock: keeps Prune of other processes away
+	ranges  *os.File // see Lock
 	tmp     string   // this process's directory below tmp/
 	tmpFD   *os.File // exclusive lock on tmp: says that its owner lives
 	origin  treeOrigin
@@ -141,6 +143,10 @@ func Open(dir string, o Options) (*Store, error) {
 	if err := flock(s.held, unix.LOCK_SH); err != nil {
 		s.held.Close()
 		return nil, fmt.Errorf("open store %s: %w", dir, err)
+	}
+	if s.ranges, err = openLock(filepath.Join(dir, "locks", rangesFile)); err != nil {
+		s.held.Close()
+		return nil, fmt.Errorf("open store: %w", err)
 	}
 	if err := s.makeLayout(); err != nil {
 		s.Close()
@@ -280,7 +286,7 @@ func (s *Store) Close() error {
 		s.tmpFD.Close()
 		s.tmp = ""
 	}
-	return errors.Join(err, s.held.Close())
+	return errors.Join(err, s.ranges.Close(), s.held.Close())
 }
 
 // Has says whether the files of l can be had: its tree or a blob of it is here, or a blob is promised.
@@ -314,36 +320,56 @@ func (s *Store) Lock(ctx context.Context, name string) (unlock func(), err error
 	case <-ctx.Done():
 		return nil, fmt.Errorf("lock %s: %w", name, context.Cause(ctx))
 	}
-	sum := sha256.Sum256([]byte(name))
-	f, err := lockFile(ctx, filepath.Join(s.dir, "locks", hex.EncodeToString(sum[:16])))
+	free, err := s.lockEverywhere(ctx, sha256.Sum256([]byte(name)))
 	if err != nil {
 		<-turn
 		return nil, fmt.Errorf("lock %s: %w", name, err)
 	}
 	var once sync.Once
-	return func() { once.Do(func() { f.Close(); <-turn }) }, nil
+	return func() { once.Do(func() { free(); <-turn }) }, nil
 }
 
-// lockFile polls, because a flock that waits can't be called off.
-func lockFile(ctx context.Context, path string) (*os.File, error) {
-	f, err := openLock(path)
+// rangesFile is the file in locks/ of which single bytes are locked. A file for each lock would take an inode for each:
+// to make those took a tenth of the time of a short step.
+const rangesFile = "ranges"
+
+// lockEverywhere is the processes' half of Lock.
+func (s *Store) lockEverywhere(ctx context.Context, name [sha256.Size]byte) (free func(), err error) {
+	at := unix.Flock_t{Start: int64(binary.BigEndian.Uint64(name[:]) >> 2), Len: 1}
+	set := func(how int16) error {
+		at.Type = how
+		return unix.FcntlFlock(s.ranges.Fd(), unix.F_OFD_SETLK, &at)
+	}
+	err = poll(ctx, func() error { return set(unix.F_WRLCK) })
+	if err == nil {
+		return func() { _ = set(unix.F_UNLCK) }, nil
+	}
+	if !errors.Is(err, unix.EINVAL) {
+		return nil, err
+	}
+	// A kernel without locks of open files, or a file system.
+	f, err := openLock(filepath.Join(s.dir, "locks", hex.EncodeToString(name[:16])))
 	if err != nil {
 		return nil, err
 	}
+	if err := poll(ctx, func() error { return flock(f, unix.LOCK_EX|unix.LOCK_NB) }); err != nil {
+		f.Close()
+		return nil, err
+	}
+	return func() { f.Close() }, nil
+}
+
+// poll tries to lock until that works: a lock that waits can't be called off.
+func poll(ctx context.Context, try func() error) error {
 	for wait := time.Millisecond; ; wait = min(2*wait, 50*time.Millisecond) {
-		err := flock(f, unix.LOCK_EX|unix.LOCK_NB)
-		if err == nil {
-			return f, nil
-		}
-		if !errors.Is(err, unix.EWOULDBLOCK) {
-			f.Close()
-			return nil, err
+		err := try()
+		if !errors.Is(err, unix.EAGAIN) && !errors.Is(err, unix.EACCES) && !errors.Is(err, unix.EINTR) {
+			return err
 		}
 		select {
 		case <-time.After(wait):
 		case <-ctx.Done():
-			f.Close()
-			return nil, context.Cause(ctx)
+			return context.Cause(ctx)
 		}
 	}
 }

@@ -263,6 +263,9 @@ func (p *pruning) sweepLocks() error {
 		return err
 	}
 	for _, d := range list {
+		if d.Name() == rangesFile {
+			continue // this process goes on to use it
+		}
 		f, err := os.Open(filepath.Join(dir, d.Name()))
 		if err != nil {
 			continue
