@@ -7,6 +7,7 @@ import (
 	"maps"
 	"runtime"
 	"slices"
+	"sync"
 
 	"github.com/elastic/go-seccomp-bpf/arch"
 	"github.com/moby/profiles/seccomp"
@@ -28,14 +29,28 @@ const gap = 4096
 // x32Bit marks the x32 calls of an x86-64 process.
 const x32Bit = 0x40000000
 
-// seccompFilter compiles Docker's default profile for the default
+// The filters of processes with and without the machine's network are the same for all of them.
+var (
+	sharedFilter = sync.OnceValues(func() ([]byte, error) { return compileFilter(true) })
+	ownFilter    = sync.OnceValues(func() ([]byte, error) { return compileFilter(false) })
+)
+
+// seccompFilter is compileFilter, done once.
+func seccompFilter(shared bool) ([]byte, error) {
+	if shared {
+		return sharedFilter()
+	}
+	return ownFilter()
+}
+
+// compileFilter compiles Docker's default profile for the default
 // capabilities. It is nil on architectures of which no system call table is
 // known. With shared, the process is in the network of the machine, and has
 // not the raw sockets by which it would see and forge what others send: under
 // Docker it has them in a network of its own. The capability stays, as it does
 // in a set-capability ping. (As in Docker's profile, the arguments of i386's
 // socketcall are out of sight.)
-func seccompFilter(shared bool) ([]byte, error) {
+func compileFilter(shared bool) ([]byte, error) {
 	spec := &specs.Spec{Process: &specs.Process{Capabilities: &specs.LinuxCapabilities{Bounding: defaultCapabilityNames()}}}
 	profile, err := seccomp.GetDefaultProfile(spec)
 	if err != nil {

@@ -238,7 +238,7 @@ func TestReport(t *testing.T) {
 
 func BenchmarkFilter(b *testing.B) {
 	for b.Loop() {
-		if _, err := seccompFilter(false); err != nil {
+		if _, err := compileFilter(false); err != nil {
 			b.Fatal(err)
 		}
 	}
