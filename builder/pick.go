@@ -263,7 +263,6 @@ func (w *walker) dir(name, rel string, above match) ([]file, error) {
 	if err != nil {
 		return nil, err
 	}
-	slices.SortFunc(entries, func(a, b fs.DirEntry) int { return strings.Compare(a.Name(), b.Name()) })
 	branches := make([]branch, len(entries))
 	var beside sync.WaitGroup
 	for i, e := range entries {

@@ -164,25 +164,27 @@ func (d *dirFS) ReadDir(name string) ([]fs.DirEntry, error) {
 	if err != nil {
 		return nil, pathError("readdir", name, err)
 	}
-	entries := make([]fs.DirEntry, len(raw))
+	sortEntries(raw)
+	entries, made := make([]fs.DirEntry, len(raw)), make([]dirEntry, len(raw))
 	for i, e := range raw {
-		entries[i] = &dirEntry{fs: d, path: path.Join(name, e.Name()), mode: e.Type()}
+		made[i] = dirEntry{fs: d, dir: name, name: e.Name(), mode: e.Type()}
+		entries[i] = &made[i]
 	}
-	sortEntries(entries)
 	return entries, nil
 }
 
 // dirEntry is an entry whose stat is not known yet.
 type dirEntry struct {
 	fs   *dirFS
-	path string
+	dir  string
+	name string
 	mode fs.FileMode
 }
 
-func (e *dirEntry) Name() string               { return path.Base(e.path) }
+func (e *dirEntry) Name() string               { return e.name }
 func (e *dirEntry) IsDir() bool                { return e.mode.IsDir() }
 func (e *dirEntry) Type() fs.FileMode          { return e.mode }
-func (e *dirEntry) Info() (fs.FileInfo, error) { return e.fs.Lstat(e.path) }
+func (e *dirEntry) Info() (fs.FileInfo, error) { return e.fs.Lstat(path.Join(e.dir, e.name)) }
 func (e *dirEntry) String() string             { return fs.FormatDirEntry(e) }
 
 // parent opens the directory of p. done gives it back.
