@@ -7,7 +7,6 @@ import (
 	"io/fs"
 	"os"
 	"path"
-	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
@@ -156,7 +155,7 @@ func (b *bounds) add(h hierarchies, l Limits, controller, name string) error {
 		b.old = append(b.old, controller)
 	}
 	for _, s := range l.controllers(v2)[controller] {
-		if err := os.WriteFile(filepath.Join(made, s.file), []byte(s.value), 0); err != nil {
+		if err := os.WriteFile(path.Join(made, s.file), []byte(s.value), 0); err != nil {
 			return err
 		}
 	}
@@ -168,7 +167,7 @@ func (b *bounds) add(h hierarchies, l Limits, controller, name string) error {
 func makeCgroup(dir, controller, name string, v2 bool) (string, error) {
 	var first error
 	for {
-		made := filepath.Join(dir, name)
+		made := path.Join(dir, name)
 		err := enable(dir, controller, v2)
 		if err == nil {
 			sweepCgroups(dir)
@@ -185,8 +184,8 @@ func makeCgroup(dir, controller, name string, v2 bool) (string, error) {
 		if first == nil {
 			first = err
 		}
-		parent := filepath.Dir(dir)
-		if _, serr := os.Stat(filepath.Join(parent, "cgroup.procs")); !v2 || serr != nil {
+		parent := path.Dir(dir)
+		if _, serr := os.Stat(path.Join(parent, "cgroup.procs")); !v2 || serr != nil {
 			return "", first
 		}
 		dir = parent
@@ -198,7 +197,7 @@ func enable(dir, controller string, v2 bool) error {
 	if !v2 {
 		return nil
 	}
-	file := filepath.Join(dir, "cgroup.subtree_control")
+	file := path.Join(dir, "cgroup.subtree_control")
 	b, err := os.ReadFile(file)
 	if err != nil {
 		return err
@@ -212,9 +211,9 @@ func enable(dir, controller string, v2 bool) error {
 // inherit gives a new cpuset what its parent has: empty ones hold no process.
 func inherit(from, to string) error {
 	for _, name := range []string{"cpuset.cpus", "cpuset.mems"} {
-		b, err := os.ReadFile(filepath.Join(from, name))
+		b, err := os.ReadFile(path.Join(from, name))
 		if err == nil {
-			err = os.WriteFile(filepath.Join(to, name), b, 0)
+			err = os.WriteFile(path.Join(to, name), b, 0)
 		}
 		if err != nil {
 			return err
@@ -225,11 +224,15 @@ func inherit(from, to string) error {
 
 // sweepCgroups removes what dead filos left; with processes in it, a cgroup stays.
 func sweepCgroups(dir string) {
-	left, _ := filepath.Glob(filepath.Join(dir, "filo-*-*"))
-	for _, name := range left {
-		pid, _, _ := strings.Cut(strings.TrimPrefix(filepath.Base(name), "filo-"), "-")
+	all, _ := os.ReadDir(dir)
+	for _, d := range all {
+		rest, ours := strings.CutPrefix(d.Name(), "filo-")
+		pid, _, ok := strings.Cut(rest, "-")
+		if !ours || !ok {
+			continue
+		}
 		if _, err := os.Stat("/proc/" + pid); err != nil {
-			_ = unix.Rmdir(name)
+			_ = unix.Rmdir(path.Join(dir, d.Name()))
 		}
 	}
 }
@@ -248,7 +251,7 @@ func (b *bounds) put(pid int) error {
 		return nil
 	}
 	for _, dir := range b.dirs {
-		if err := os.WriteFile(filepath.Join(dir, "cgroup.procs"), strconv.AppendInt(nil, int64(pid), 10), 0); err != nil {
+		if err := os.WriteFile(path.Join(dir, "cgroup.procs"), strconv.AppendInt(nil, int64(pid), 10), 0); err != nil {
 			return err
 		}
 	}
@@ -264,13 +267,13 @@ func (b *bounds) killed() (peak int64, yes bool) {
 	if b.v2 {
 		events, most = "memory.events", "memory.peak"
 	}
-	data, _ := os.ReadFile(filepath.Join(b.memory, events))
+	data, _ := os.ReadFile(path.Join(b.memory, events))
 	for line := range strings.Lines(string(data)) {
 		if n, ok := strings.CutPrefix(strings.TrimSpace(line), "oom_kill "); ok && n != "0" {
 			yes = true
 		}
 	}
-	data, _ = os.ReadFile(filepath.Join(b.memory, most))
+	data, _ = os.ReadFile(path.Join(b.memory, most))
 	peak, _ = strconv.ParseInt(string(bytes.TrimSpace(data)), 10, 64)
 	return peak, yes
 }

@@ -6,7 +6,6 @@ import (
 	"encoding/gob"
 	"fmt"
 	"io"
-	"net/netip"
 	"os"
 	"path"
 	"strings"
@@ -138,9 +137,9 @@ func hostsFile(hostname string, extra []string) ([]byte, error) {
 		if !ok || name == "" || strings.ContainsAny(name, " \t\r\n#") {
 			return nil, fmt.Errorf("host %q: not name:ip", h)
 		}
-		addr, err := netip.ParseAddr(strings.TrimSuffix(strings.TrimPrefix(ip, "["), "]"))
-		if err != nil {
-			return nil, fmt.Errorf("host %q: %w", h, err)
+		addr := strings.TrimSuffix(strings.TrimPrefix(ip, "["), "]")
+		if strings.Trim(addr, "0123456789abcdefABCDEF.:") != "" || !strings.ContainsAny(addr, ".:") {
+			return nil, fmt.Errorf("host %q: no IP address", h)
 		}
 		fmt.Fprintf(&b, "%s\t%s\n", addr, name)
 	}

@@ -2,12 +2,12 @@ package sandbox
 
 import (
 	"bufio"
+	"cmp"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
-	"os/exec"
-	"os/user"
 	"strconv"
 	"strings"
 
@@ -93,7 +93,7 @@ func helperMap() idMap {
 		gid: append([]idRange{{0, os.Getegid(), 1}}, gids...),
 	}
 	for _, helper := range []string{"newuidmap", "newgidmap"} {
-		if _, err := exec.LookPath(helper); err != nil {
+		if _, err := helperPath(helper); err != nil {
 			return idMap{err: fmt.Errorf("%s is not installed (package uidmap or shadow-utils)", helper)}
 		}
 	}
@@ -109,10 +109,7 @@ func helperMap() idMap {
 // granted reads the ranges that a file of subordinate IDs gives this user.
 func granted(file string) (ranges []idRange, err error) {
 	id := strconv.Itoa(os.Getuid())
-	name := id
-	if u, err := user.LookupId(id); err == nil {
-		name = u.Username
-	}
+	name := cmp.Or(userName(id), id)
 	f, err := os.Open(file)
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return nil, err
@@ -139,14 +136,50 @@ func granted(file string) (ranges []idRange, err error) {
 	return ranges, nil
 }
 
+// What follows is done without os/exec and os/user: what this package imports is what each child waits for, see init.
+
+// userName is the name of the user with an ID; "" if it has none.
+func userName(id string) string {
+	b, _ := os.ReadFile("/etc/passwd")
+	for line := range strings.Lines(string(b)) {
+		if f := strings.Split(line, ":"); len(f) > 2 && f[2] == id {
+			return f[0]
+		}
+	}
+	return ""
+}
+
+// helperPath finds a set-user-ID helper on the PATH.
+func helperPath(helper string) (string, error) {
+	return lookPath(helper, []string{"PATH=" + os.Getenv("PATH")})
+}
+
 func help(helper string, pid int, ranges []idRange) error {
-	args := []string{strconv.Itoa(pid)}
+	args := []string{helper, strconv.Itoa(pid)}
 	for _, r := range ranges {
 		args = append(args, strconv.Itoa(r.inside), strconv.Itoa(r.outside), strconv.Itoa(r.count))
 	}
-	out, err := exec.Command(helper, args...).CombinedOutput()
+	program, err := helperPath(helper)
 	if err != nil {
-		return fmt.Errorf("%s: %w: %s", helper, err, strings.TrimSpace(string(out)))
+		return err
+	}
+	r, w, err := os.Pipe()
+	if err != nil {
+		return err
+	}
+	defer r.Close()
+	p, err := os.StartProcess(program, args, &os.ProcAttr{Files: []*os.File{nil, w, w}})
+	w.Close()
+	if err != nil {
+		return fmt.Errorf("%s: %w", helper, err)
+	}
+	said, _ := io.ReadAll(r)
+	state, err := p.Wait()
+	if err == nil && !state.Success() {
+		err = errors.New(state.String())
+	}
+	if err != nil {
+		return fmt.Errorf("%s: %w: %s", helper, err, strings.TrimSpace(string(said)))
 	}
 	return nil
 }

@@ -20,6 +20,8 @@ import (
 // it is started from. It does so here rather than in main because Go
 // initializes packages that are ready in the order of their paths: most of the
 // program's others come later, and take longer than all that a child has to do.
+// That holds as long as this package imports few that are slow or late, such as
+// os/exec, os/user, path/filepath, net and regexp. TestFirst sees to it.
 func init() { begun() }
 
 // begun ends a child started by [Run] as the process of its sandbox, and makes

@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"os"
 	"path"
-	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
@@ -43,7 +42,7 @@ func newScene(ctx context.Context, h *handover) (s *scene, err error) {
 	if s.name, err = os.Readlink(fdPath(s.root)); err != nil {
 		return s, err
 	}
-	if s.aside, err = os.MkdirTemp(filepath.Dir(p.Root.Dir), "aside-"); err != nil {
+	if s.aside, err = os.MkdirTemp(path.Dir(p.Root.Dir), "aside-"); err != nil {
 		return s, err
 	}
 	if s.at, err = unix.Open(s.aside, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0); err != nil {
