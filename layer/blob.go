@@ -425,7 +425,7 @@ func (s *Store) newBlobFile(dir string, c Compression) (*blobFile, error) {
 		return nil, err
 	}
 	b := &blobFile{file: f, c: c, hash: sha256.New()}
-	if b.z, err = c.compressor(writerFunc(b.put)); err != nil {
+	if b.z, err = s.compressor(c, writerFunc(b.put)); err != nil {
 		f.Close()
 		return nil, err
 	}

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"io"
 	"io/fs"
+	"math/rand/v2"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -353,5 +354,36 @@ func BenchmarkSmallLayer(b *testing.B) {
 	files := []item{folder("etc"), regular("etc/hostname", "x")}
 	for b.Loop() {
 		buildLayer(b, s, Sinks{Blob: &Compression{}}, files)
+	}
+}
+
+// TestGzipAgain compresses with a compressor that was used before: what it made then changes nothing.
+func TestGzipAgain(t *testing.T) {
+	r := rand.New(rand.NewPCG(1, 2))
+	used := newStore(t)
+	for _, level := range []int{1, 6} {
+		for i := range 5 {
+			data := make([]byte, r.IntN(2<<20))
+			for i := range data {
+				data[i] = "some bytes of a file"[r.IntN(20)]
+			}
+			made := func(s *Store) []byte {
+				var b bytes.Buffer
+				z, err := s.compressor(Compression{Gzip, level}, &b)
+				if err == nil {
+					_, err = z.Write(data)
+				}
+				if err != nil {
+					t.Fatal(err)
+				}
+				if err := z.Close(); err != nil {
+					t.Fatal(err)
+				}
+				return b.Bytes()
+			}
+			if !bytes.Equal(made(used), made(newStore(t))) {
+				t.Errorf("level %d, time %d: other bytes than of a new compressor", level, i+1)
+			}
+		}
 	}
 }

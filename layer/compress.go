@@ -105,16 +105,10 @@ const gzipBlock = 1 << 20
 
 // compressor writes c's form of what is written to it; c is normal. The same
 // input gives the same bytes whatever the number of processors.
-func (c Compression) compressor(w io.Writer) (io.WriteCloser, error) {
+func (s *Store) compressor(c Compression, w io.Writer) (io.WriteCloser, error) {
 	switch c.Algorithm {
 	case Gzip:
-		z, err := pgzip.NewWriterLevel(w, c.Level)
-		if err != nil {
-			return nil, err
-		}
-		z.ModTime = time.Unix(0, 0) // the zero Time would be written as some seconds
-		// Each block in flight costs about 3 MiB.
-		return z, z.SetConcurrency(gzipBlock, min(runtime.GOMAXPROCS(0), 16))
+		return s.gzip(c.Level, w)
 	case EStargz:
 		return newSeekable(w, c.Level), nil
 	case Zstd:
@@ -123,6 +117,36 @@ func (c Compression) compressor(w io.Writer) (io.WriteCloser, error) {
 			zstd.WithEncoderConcurrency(min(runtime.GOMAXPROCS(0), 4)))
 	}
 	return nopCloser{w}, nil
+}
+
+func (s *Store) gzip(level int, w io.Writer) (io.WriteCloser, error) {
+	z, ok := s.gzips[level].Get().(*pgzip.Writer)
+	if ok {
+		z.Reset(w)
+	} else {
+		var err error
+		if z, err = pgzip.NewWriterLevel(w, level); err != nil {
+			return nil, err
+		}
+	}
+	z.ModTime = time.Unix(0, 0) // the zero Time would be written as some seconds
+	// Each block in flight costs about 3 MiB.
+	return lentGzip{z, &s.gzips[level]}, z.SetConcurrency(gzipBlock, min(runtime.GOMAXPROCS(0), 16))
+}
+
+// lentGzip goes back to where it is from when it is closed, which must be once: to make one takes longer than to
+// compress a small layer.
+type lentGzip struct {
+	*pgzip.Writer
+	from *sync.Pool
+}
+
+func (z lentGzip) Close() error {
+	err := z.Writer.Close()
+	if err == nil {
+		z.from.Put(z.Writer)
+	}
+	return err
 }
 
 type nopCloser struct{ io.Writer }

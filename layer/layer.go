@@ -87,6 +87,7 @@ type Store struct {
 	stubs    map[string]string           // directories of stubs, by what is in them
 
 	discards sync.WaitGroup // removals that go on
+	gzips    [10]sync.Pool  // compressors that are done, by level
 	tell     func(what string)
 }
 
