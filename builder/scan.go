@@ -148,12 +148,14 @@ func (w *walk) scanWith(ctx context.Context, s attest.Scanner, extras []extra) (
 		return nil, errors.New("its image has neither ENTRYPOINT nor CMD")
 	}
 	r.layers = img.Layers
-	for _, st := range []struct {
-		verb string
-		op   dockerfile.Op
-	}{{"preparing", &dockerfile.Mkdir{Path: scanResult}}, {"generating sbom using", run}} {
-		name := fmt.Sprintf("[%s] %s %s", w.scanLabel(), st.verb, familiar(s.Generator))
-		if err := w.try(ctx, r, dockerfile.Step{Start: w.target.Line, End: w.target.Line, Op: st.op}, name); err != nil {
+	step := func(op dockerfile.Op) dockerfile.Step {
+		return dockerfile.Step{Start: w.target.Line, End: w.target.Line, Op: op}
+	}
+	r.steps = []dockerfile.Step{step(&dockerfile.Mkdir{Path: scanResult}), step(run)}
+	for i, verb := range []string{"preparing", "generating sbom using"} {
+		r.next = i
+		name := fmt.Sprintf("[%s] %s %s", w.scanLabel(), verb, familiar(s.Generator))
+		if err := w.try(ctx, r, r.steps[i], name); err != nil {
 			return nil, err
 		}
 	}
