@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"io"
 	"log"
+	"net"
 	"net/http"
 	"net/http/httptest"
 	"net/url"
@@ -294,6 +295,41 @@ func TestResume(t *testing.T) {
 		}
 		if n := s.asked("GET", "/blobs/", "bytes="); n != 2 {
 			t.Errorf("ranges %v: %d requests with a range: %q", ranges, n, s.log)
+		}
+	}
+}
+
+// A name server that is busy for a moment, or a connection that is lost on its way, costs no build.
+func TestFaintConnection(t *testing.T) {
+	s := serve(t)
+	push(t, open(Options{}), s.host+"/a:1", []byte("layer"))
+	for name, test := range map[string]struct {
+		err   error
+		dials int // that fail
+		saved bool
+	}{
+		"busy name server":  {&net.DNSError{Err: "server misbehaving", IsTemporary: true}, 2, true},
+		"lost packets":      {&net.OpError{Op: "dial", Err: os.ErrDeadlineExceeded}, 2, true},
+		"for too long":      {&net.OpError{Op: "dial", Err: os.ErrDeadlineExceeded}, 1000, false},
+		"no such name":      {&net.DNSError{Err: "no such host", IsNotFound: true}, 2, false},
+		"nobody is there":   {&net.OpError{Op: "dial", Err: errors.New("connect: connection refused")}, 2, false},
+		"another operation": {&net.OpError{Op: "read", Err: errors.New("whatever")}, 2, false},
+	} {
+		c := open(Options{})
+		dials := 0
+		dial := c.retry.strict.DialContext
+		c.retry.strict.DialContext = func(ctx context.Context, network, addr string) (net.Conn, error) {
+			if dials++; dials <= test.dials {
+				return nil, test.err
+			}
+			return dial(ctx, network, addr)
+		}
+		_, err := c.Resolve(t.Context(), s.host+"/a:1")
+		if (err == nil) != test.saved {
+			t.Errorf("%s: Resolve = %v after %d connections", name, err, dials)
+		}
+		if dials > 2*fainter {
+			t.Errorf("%s: %d connections were tried", name, dials)
 		}
 	}
 }
@@ -606,6 +642,12 @@ func TestCredentials(t *testing.T) {
 	t.Setenv("PATH", bin+":"+os.Getenv("PATH"))
 	if _, err := open(Options{}).Resolve(t.Context(), s.host+"/a:1"); err != nil || users[len(users)-1] != "helped" {
 		t.Errorf("helper: %v as %q", err, users)
+	}
+
+	config(`{"credsStore":"filotest"}`)
+	users = nil
+	if _, err := open(Options{}).Resolve(t.Context(), s.host+"/a:1"); err != nil || users[len(users)-1] != "helped" {
+		t.Errorf("store: %v as %q", err, users)
 	}
 
 	config(`{}`)

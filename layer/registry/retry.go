@@ -20,6 +20,10 @@ var errClear = errors.New("plain http refused")
 // tries is how often a request or a transfer is made before giving up.
 const tries = 5
 
+// fainter is how often a request is made that does not even get a connection: whoever is not there shall not be waited
+// for long.
+const fainter = 3
+
 // patience is the longest wait that a registry may impose by Retry-After.
 const patience = time.Minute
 
@@ -57,7 +61,7 @@ func (t *retrying) RoundTrip(req *http.Request) (*http.Response, error) {
 	}
 	for try := 1; ; try++ {
 		resp, err := via.RoundTrip(req)
-		if try == tries || req.Context().Err() != nil || !passing(resp, err) || !again(req) {
+		if try == tries || req.Context().Err() != nil || !passing(resp, err) && !(try < fainter && faint(err)) || !again(req) {
 			return resp, err
 		}
 		wait, ok := t.wait(try, resp)
@@ -175,6 +179,16 @@ func broken(err error) bool {
 		}
 	}
 	return false
+}
+
+// faint reports whether there was no connection for a reason that may pass: a name server that is busy, a packet lost.
+func faint(err error) bool {
+	var dns *net.DNSError
+	if errors.As(err, &dns) {
+		return dns.IsTemporary && !dns.IsNotFound
+	}
+	var op *net.OpError
+	return errors.As(err, &op) && op.Op == "dial" && op.Timeout()
 }
 
 func sleep(ctx context.Context, d time.Duration) error {
