@@ -101,7 +101,6 @@ func (w *walk) mount(ctx context.Context, p *sandbox.Process, r runStep, view *l
 			f()
 		}
 	}
-	ssh := 0
 	for _, m := range claimed(r.mounts) {
 		var sm sandbox.Mount
 		var free func()
@@ -115,8 +114,7 @@ func (w *walk) mount(ctx context.Context, p *sandbox.Process, r runStep, view *l
 		case dockerfile.MountSecret:
 			sm, err = w.secret(p, m)
 		case dockerfile.MountSSH:
-			sm, free, err = w.ssh(ctx, p, m, ssh)
-			ssh++
+			sm, free, err = w.ssh(ctx, m)
 		}
 		if free != nil {
 			held = append(held, free)

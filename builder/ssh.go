@@ -13,15 +13,8 @@ import (
 	"filo/builder/sandbox"
 )
 
-// ssh shows the socket of an ssh agent. The variable is set even where there is no agent, as BuildKit does.
-func (w *walk) ssh(ctx context.Context, p *sandbox.Process, m mount, n int) (sandbox.Mount, func(), error) {
-	target := m.Target
-	if target == "" {
-		target = fmt.Sprintf("/run/buildkit/ssh_agent.%d", n)
-	}
-	if n == 0 {
-		p.Env = append(p.Env, "SSH_AUTH_SOCK="+target)
-	}
+// ssh shows the socket of an ssh agent.
+func (w *walk) ssh(ctx context.Context, m mount) (sandbox.Mount, func(), error) {
 	agent, ok := w.req.SSH[m.ID]
 	if !ok && m.Required {
 		return sandbox.Mount{}, nil, fmt.Errorf("ssh %s: %w: give it with --ssh %s", m.ID, errNotFound, m.ID)
@@ -45,7 +38,7 @@ func (w *walk) ssh(ctx context.Context, p *sandbox.Process, m mount, n int) (san
 		os.RemoveAll(dir)
 	}
 	err = errors.Join(os.Chmod(socket, fileMode(deref(m.Mode, 0o600))), w.chown(socket, deref(m.UID, 0), deref(m.GID, 0)))
-	return sandbox.Mount{Type: sandbox.Bind, Source: socket, Target: target}, free, err
+	return sandbox.Mount{Type: sandbox.Bind, Source: socket, Target: m.Target}, free, err
 }
 
 // chown sets the owner of what a step is shown. With one user ID there is nobody else to give it to.

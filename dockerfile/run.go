@@ -97,7 +97,8 @@ func summary(text string) string {
 	return first
 }
 
-// runEnv returns the environment of a command.
+// runEnv returns the environment of a command. With an ssh mount that tells of the socket, unless the image or an argument
+// says what it is; as in BuildKit also where no agent is given.
 func (st *state) runEnv(mounts []Mount) []string {
 	e := st.vars.clone()
 	for _, m := range mounts {
@@ -186,6 +187,9 @@ func (st *state) files(m *instructions.Mount, from Ref, out *Mount) error {
 		return fmt.Errorf("invalid mount target %q", m.Target)
 	}
 	if m.Type == instructions.MountTypeTmpfs {
+		if path.Join("/", m.Source) != "/" {
+			return errors.New("a tmpfs mount starts empty, it has no source")
+		}
 		out.Size = m.SizeLimit
 		return nil
 	}

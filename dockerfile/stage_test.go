@@ -103,6 +103,14 @@ cmd echo $V
 	}
 }
 
+func TestRunKeepsAgentOfImage(t *testing.T) {
+	got := steps(t, "FROM busybox\nENV SSH_AUTH_SOCK=mine\nRUN --mount=type=ssh true\n")
+	env := got[1].Op.(*Run).Env
+	if want := []string{"PATH=/bin", "SSH_AUTH_SOCK=mine"}; !slices.Equal(env, want) {
+		t.Errorf("environment %q, want %q", env, want)
+	}
+}
+
 func TestRun(t *testing.T) {
 	got := steps(t, `FROM busybox
 ARG A=1
