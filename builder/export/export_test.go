@@ -630,20 +630,22 @@ func TestPlatformSplit(t *testing.T) {
 		attrs  string
 		images []*image.Image
 		want   string // names, or an error
+		index  bool
 	}{
-		{"", []*image.Image{built(amd64, both), built(v7, both)}, "linux_amd64 linux_amd64/d linux_amd64/d/f linux_arm_v7 linux_arm_v7/d linux_arm_v7/d/f"},
-		{",platform-split=true", []*image.Image{built(amd64, both)}, "linux_amd64 linux_amd64/d linux_amd64/d/f"},
-		{"", []*image.Image{built(amd64, both)}, "d d/f"},
-		{",platform-split=false", []*image.Image{built(amd64, both), built(arm64, one)}, "d d/f d/only"},
-		{",platform-split=false", []*image.Image{built(amd64, both), built(arm64, both)}, "several platforms"},
-		{",src=/d", []*image.Image{built(amd64, both)}, "f"},
-		{",src=/d/f", []*image.Image{built(amd64, both)}, "not a directory"},
-		{",src=/../nosuch", []*image.Image{built(amd64, both)}, "not exist"},
+		{"", []*image.Image{built(amd64, both), built(v7, both)}, "linux_amd64 linux_amd64/d linux_amd64/d/f linux_arm_v7 linux_arm_v7/d linux_arm_v7/d/f", false},
+		{"", []*image.Image{built(amd64, both)}, "linux_amd64 linux_amd64/d linux_amd64/d/f", true},
+		{",platform-split=true", []*image.Image{built(amd64, both)}, "linux_amd64 linux_amd64/d linux_amd64/d/f", false},
+		{"", []*image.Image{built(amd64, both)}, "d d/f", false},
+		{",platform-split=false", []*image.Image{built(amd64, both), built(arm64, one)}, "d d/f d/only", false},
+		{",platform-split=false", []*image.Image{built(amd64, both), built(arm64, both)}, "several platforms", false},
+		{",src=/d", []*image.Image{built(amd64, both)}, "f", false},
+		{",src=/d/f", []*image.Image{built(amd64, both)}, "not a directory", false},
+		{",src=/../nosuch", []*image.Image{built(amd64, both)}, "not exist", false},
 	} {
 		out := t.TempDir()
 		for _, kind := range []string{"local", "tar"} {
 			dest := filepath.Join(out, kind)
-			_, err := e.try(t, "type="+kind+",dest="+dest+tt.attrs, Result{Images: tt.images})
+			_, err := e.try(t, "type="+kind+",dest="+dest+tt.attrs, Result{Images: tt.images, Index: tt.index})
 			got := ""
 			switch {
 			case err != nil:

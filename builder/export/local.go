@@ -32,7 +32,7 @@ func (e Exporter) parts(ctx context.Context, p plan, r Result) ([]part, error) {
 	if r.Descriptor != nil {
 		return nil, errors.New("only images of a build have files to export")
 	}
-	split := len(r.Images) > 1
+	split := len(r.Images) > 1 || r.Index
 	if p.split != nil {
 		split = *p.split
 	}

@@ -3,11 +3,13 @@ package main
 import (
 	"fmt"
 	"net/netip"
+	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
 
 	"github.com/containerd/platforms"
+	"github.com/docker/cli/cli/config"
 	"github.com/docker/go-units"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
@@ -19,9 +21,15 @@ import (
 // lookup finds an environment variable.
 type lookup func(name string) (string, bool)
 
+// policyVariable names a file of rules for sources. Not to heed it would be to use what somebody has forbidden.
+const policyVariable = "EXPERIMENTAL_BUILDKIT_SOURCE_POLICY"
+
 // request turns flags into a request: all of it but the files, which are not opened here.
 func (f *buildFlags) request(env lookup) (builder.Request, error) {
 	var req builder.Request
+	if policy, _ := env(policyVariable); policy != "" {
+		return req, fmt.Errorf("%s=%s: filo has no source policies; unset it to build without one", policyVariable, policy)
+	}
 	for _, set := range []func(*builder.Request, lookup) error{f.what.apply, f.steps.apply, f.results.apply} {
 		if err := set(&req, env); err != nil {
 			return builder.Request{}, err
@@ -57,9 +65,9 @@ func (f *whatFlags) apply(req *builder.Request, env lookup) (err error) {
 }
 
 // buildArgs reads --build-arg. An argument without a value takes it from the environment and is dropped if there is
-// none; SOURCE_DATE_EPOCH comes from the environment by itself, as buildx has it.
+// none; as buildx has it, SOURCE_DATE_EPOCH comes from the environment by itself, and proxies from Docker's configuration.
 func buildArgs(args []string, env lookup) (map[string]string, error) {
-	out := map[string]string{}
+	out := proxies(env)
 	if v, ok := env("SOURCE_DATE_EPOCH"); ok && v != "" {
 		out["SOURCE_DATE_EPOCH"] = v
 	}
@@ -76,6 +84,29 @@ func buildArgs(args []string, env lookup) (map[string]string, error) {
 		out[k] = v
 	}
 	return out, nil
+}
+
+// proxies returns the proxy arguments that Docker's configuration has for every build. A configuration that cannot be read
+// has none: what needs its credentials will say so.
+func proxies(env lookup) map[string]string {
+	out := map[string]string{}
+	dir, _ := env("DOCKER_CONFIG")
+	if home, ok := env("HOME"); ok && dir == "" {
+		dir = filepath.Join(home, ".docker")
+	}
+	if dir == "" {
+		return out
+	}
+	c, err := config.Load(dir)
+	if err != nil {
+		return out
+	}
+	for k, v := range c.ParseProxyConfig("", nil) {
+		if v != nil {
+			out[k] = *v
+		}
+	}
+	return out
 }
 
 // epoch reads the argument that pins times. What is no number of seconds is left to the Dockerfile, which may know it.

@@ -41,6 +41,31 @@ func variables(kv ...string) lookup {
 	}
 }
 
+// Proxies of Docker's configuration are build arguments, as with buildx; --build-arg says otherwise.
+func TestProxiesOfDocker(t *testing.T) {
+	home := t.TempDir()
+	text := `{"proxies":{"default":{"httpProxy":"http://p:1","noProxy":"local"},"tcp://other":{"httpProxy":"http://q:1"}}}`
+	if err := os.Mkdir(filepath.Join(home, ".docker"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(home, ".docker", "config.json"), []byte(text), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	want := map[string]string{"HTTP_PROXY": "http://p:1", "http_proxy": "http://p:1", "NO_PROXY": "mine", "no_proxy": "local"}
+	for _, env := range []lookup{variables("HOME", home), variables("HOME", "/", "DOCKER_CONFIG", filepath.Join(home, ".docker"))} {
+		req, err := parseFlags(t, "--build-arg", "NO_PROXY=mine").request(env)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if diff := cmp.Diff(want, req.Args); diff != "" {
+			t.Errorf("args (-want +got):\n%s", diff)
+		}
+	}
+	if _, err := parseFlags(t).request(variables(policyVariable, "rules.json")); err == nil || !strings.Contains(err.Error(), "rules.json") {
+		t.Errorf("a source policy gives %v, want an error that names it", err)
+	}
+}
+
 func TestRequest(t *testing.T) {
 	env := variables("FROMENV", "e", "SOURCE_DATE_EPOCH", "7")
 	f := parseFlags(t, "--target", "t", "--build-arg", "A=1=2", "--build-arg", "FROMENV", "--build-arg", "UNSET", "--build-arg", "EMPTY=",
