@@ -2,8 +2,11 @@ package main
 
 import (
 	"bufio"
+	"bytes"
 	"fmt"
+	"math/rand/v2"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -106,4 +109,128 @@ func awaitEnd(t *testing.T, text string) {
 		time.Sleep(20 * time.Millisecond)
 	}
 	t.Errorf("a process of the killed build is still there: %q", text)
+}
+
+// TestKillAnywhere kills builds with a signal that cannot be caught, at random instants. The same build is right
+// afterwards, what was reported as built stays, and nothing of the dead is left: no process, mount, cgroup or file.
+func TestKillAnywhere(t *testing.T) {
+	needGround(t)
+	k := &kills{t: t, host: startRegistry(t), dir: t.TempDir(), state: filepath.Join(t.TempDir(), "state"), built: map[string]string{}}
+	t.Cleanup(func() { sweepState(k.state); sweepState(filepath.Join(k.dir, "reference")) })
+	n := rounds(t, 12)
+	for i := range n {
+		k.round(i)
+	}
+	k.whole()
+	k.nothingLeft()
+	t.Logf("%d builds killed, %d before they were done; %d images, none wrong or lost; nothing left", n, k.early, len(k.built))
+}
+
+type kills struct {
+	t                *testing.T
+	host, dir, state string
+	took             time.Duration
+	early            int
+	pids             []int
+	built            map[string]string // ID by name
+}
+
+// killMark is in the environment of all steps, and of nothing else on the machine.
+func killMark() string { return fmt.Sprint("KILL_MARK=", os.Getpid()) }
+
+func (k *kills) round(i int) {
+	k.t.Helper()
+	text := strings.Replace(fmt.Sprintf(powerDockerfile, "toybox", i), "\n", "\nENV "+killMark()+"\n", 1)
+	for name, data := range map[string]string{"Dockerfile": text, "f": fmt.Sprint("file ", i)} {
+		if err := os.WriteFile(filepath.Join(k.dir, name), []byte(data), 0o644); err != nil {
+			k.t.Fatal(err)
+		}
+	}
+	name := fmt.Sprintf("kept/%d", i)
+	want, log := k.finish(k.build(filepath.Join(k.dir, "reference"), name))
+	if want == "" {
+		k.t.Fatal(log)
+	}
+	cmd := k.build(k.state, name)
+	if err := cmd.Start(); err != nil {
+		k.t.Fatal(err)
+	}
+	time.Sleep(rand.N(k.took + time.Millisecond))
+	cmd.Process.Kill()
+	if cmd.Wait() != nil {
+		k.early++
+	}
+	k.pids = append(k.pids, cmd.Process.Pid)
+	awaitNone(k.t, killMark())
+	begin := time.Now()
+	got, log := k.finish(k.build(k.state, name))
+	k.took = (time.Since(begin) + k.took) / 2 // a build is faster the more was done before it was killed
+	if got != want {
+		k.t.Fatalf("%s: built %q after a killed build, want %s\n%s", name, got, want, log)
+	}
+	k.built[name] = got
+	if left, err := os.ReadDir(filepath.Join(k.state, "tmp")); err != nil || len(left) > 0 {
+		k.t.Errorf("round %d: left in tmp: %v, %v", i, left, err)
+	}
+	if i%25 == 0 {
+		k.whole()
+	}
+}
+
+func (k *kills) build(state, name string) *exec.Cmd {
+	cmd := filo(state, "build", "-q", "--build-arg", "SOURCE_DATE_EPOCH=1700000000", "-t", name, k.dir)
+	cmd.Env = append(cmd.Env, "FILO_REGISTRY_MIRRORS=docker.io="+k.host)
+	cmd.Stdout, cmd.Stderr = &bytes.Buffer{}, &bytes.Buffer{}
+	return cmd
+}
+
+func (k *kills) finish(cmd *exec.Cmd) (id, log string) {
+	err := cmd.Run()
+	k.pids = append(k.pids, cmd.Process.Pid)
+	return strings.TrimSpace(cmd.Stdout.(*bytes.Buffer).String()), fmt.Sprint(cmd.Stderr, err)
+}
+
+// whole looks at all images that were reported as built.
+func (k *kills) whole() {
+	k.t.Helper()
+	found := (&powerCuts{t: k.t}).images(k.state)
+	for name, id := range k.built {
+		if found[name] != id {
+			k.t.Errorf("%s is %q, reported as built was %s", name, found[name], id)
+		}
+	}
+}
+
+// nothingLeft looks for mounts and cgroups.
+func (k *kills) nothingLeft() {
+	k.t.Helper()
+	mounts, err := os.ReadFile("/proc/self/mountinfo")
+	if err != nil || strings.Contains(string(mounts), k.state) {
+		k.t.Errorf("mounts are left: %v\n%s", err, mounts)
+	}
+	for _, pid := range k.pids {
+		for _, depth := range []string{"", "/*", "/*/*", "/*/*/*"} {
+			if left, _ := filepath.Glob(fmt.Sprintf("/sys/fs/cgroup%s/filo-%d-*", depth, pid)); len(left) > 0 {
+				k.t.Errorf("cgroups are left: %v", left)
+			}
+		}
+	}
+}
+
+// awaitNone waits until no process has text in its environment.
+func awaitNone(t *testing.T, text string) {
+	t.Helper()
+	for range 500 {
+		found := false
+		all, _ := filepath.Glob("/proc/[0-9]*/environ")
+		for _, p := range all {
+			b, err := os.ReadFile(p)
+			found = found || err == nil && strings.Contains(string(b), text)
+		}
+		if !found {
+			return
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+	t.Error("a process of the killed build is still there")
 }
