@@ -50,7 +50,18 @@ func (s *Store) Files(root string) *Files {
 		f.known = map[string]remembered{}
 		s.repaired("remembered digests of files in " + root)
 	}
+	if f.latest() > s.now().Add(margin).UnixNano() {
+		f.known = map[string]remembered{} // the clock was set back: change times do not tell what came first
+	}
 	return f
+}
+
+// latest is when something was remembered last, in nanoseconds since the epoch.
+func (f *Files) latest() (t int64) {
+	for _, r := range f.known {
+		t = max(t, r.Noted)
+	}
+	return t
 }
 
 // Known returns the remembered digest of the file at path, which st describes, if nothing stat shows has changed since

@@ -95,3 +95,26 @@ func FuzzFiles(f *testing.F) {
 		}
 	})
 }
+
+// A clock that was set back says nothing of what came first.
+func TestFilesClockSetBack(t *testing.T) {
+	now := time.Unix(1000, 0)
+	s, err := Open(t.TempDir(), t.TempDir(), func() time.Time { return now })
+	if err != nil {
+		t.Fatal(err)
+	}
+	st, c := rootfs.Stat{Size: 3, Dev: 1, Ino: 2, Sec: 500, CSec: 500}, &content{b: []byte("abc")}
+	f := s.Files("/context")
+	if _, err := f.Digest("a", st, c.open); err != nil {
+		t.Fatal(err)
+	}
+	if err := f.Save(); err != nil {
+		t.Fatal(err)
+	}
+	for back, want := range map[time.Duration]bool{0: true, time.Second: true, 3 * time.Second: false, 400 * time.Second: false, -time.Hour: true} {
+		now = time.Unix(1000, 0).Add(-back)
+		if _, known := s.Files("/context").Known("a", st); known != want {
+			t.Errorf("clock set back by %v: known %t, want %t", back, known, want)
+		}
+	}
+}

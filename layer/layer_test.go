@@ -188,15 +188,20 @@ func TestPrune(t *testing.T) {
 	}
 
 	other := reopen(t, s.Dir())
-	if p, err := s.Prune(t.Context(), PruneOptions{}); err != nil || !p.Busy || p.Layers > 0 {
+	everything := PruneOptions{Now: time.Now().Add(time.Hour), Choose: func(all []Item) []Item {
+		return slices.DeleteFunc(all, func(it Item) bool { return it.ID == kept.DiffID.String() }) // its blob is chosen, and stays with it
+	}}
+	if p, err := s.Prune(t.Context(), everything); err != nil || !p.Busy || len(p.Removed) > 0 {
 		t.Errorf("while another has it open: %+v, %v", p, err)
 	}
 	other.Close()
-	if p, err := s.Prune(t.Context(), PruneOptions{Before: time.Now().Add(-time.Hour)}); err != nil || p.Layers+p.Blobs > 0 {
-		t.Errorf("young things: %+v, %v", p, err)
+	nothing := everything
+	nothing.Choose = func([]Item) []Item { return nil }
+	if p, err := s.Prune(t.Context(), nothing); err != nil || len(p.Removed) > 0 {
+		t.Errorf("nothing chosen: %+v, %v", p, err)
 	}
-	p, err := s.Prune(t.Context(), PruneOptions{Keep: []digest.Digest{kept.DiffID}, Before: time.Now().Add(time.Hour)})
-	if err != nil || p.Layers != 1 || p.Blobs != 2 || p.Bytes == 0 || p.Busy {
+	p, err := s.Prune(t.Context(), everything)
+	if err != nil || p.Count(KindLayer) != 1 || p.Count(KindBlob) != 2 || p.Bytes == 0 || p.Busy {
 		t.Errorf("%+v, %v", p, err)
 	}
 	for l, want := range map[Layer]bool{tagged: true, kept: true, unused: false} {
@@ -210,9 +215,44 @@ func TestPrune(t *testing.T) {
 	}
 	// The shared lock is back, and a second run finds nothing.
 	reopen(t, s.Dir()).Close()
-	p, err = s.Prune(t.Context(), PruneOptions{Keep: []digest.Digest{kept.DiffID}, Before: time.Now().Add(time.Hour)})
-	if err != nil || p != (Pruned{}) {
+	p, err = s.Prune(t.Context(), everything)
+	if err != nil || p.Bytes > 0 || p.Busy || len(p.Removed) > 0 {
 		t.Errorf("again: %+v, %v", p, err)
+	}
+}
+
+// What was used when the clock was wrong counts as used now, and ages from now on.
+func TestItemsOfTheFuture(t *testing.T) {
+	s := newStore(t)
+	l := buildLayer(t, s, Sinks{Tree: true}, []item{regular("a", "1")})
+	now := time.Now()
+	if err := os.Chtimes(s.layerDir(l), now, now.AddDate(10, 0, 0)); err != nil {
+		t.Fatal(err)
+	}
+	seen := func(at time.Time) (used time.Time) {
+		_, err := s.Prune(t.Context(), PruneOptions{Now: at, Choose: func(all []Item) []Item {
+			for _, it := range all {
+				if it.ID == l.DiffID.String() {
+					used = it.Used
+				}
+			}
+			return nil
+		}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return used
+	}
+	if got := seen(now); !got.Equal(now) {
+		t.Errorf("used %v, want %v", got, now)
+	}
+	if got := seen(now.Add(time.Hour)); got.Sub(now).Abs() > time.Second {
+		t.Errorf("an hour later: used %v, want %v", got, now)
+	}
+	// Cache records know of uses as well.
+	items, err := s.Items(t.Context(), now.Add(2*time.Hour), map[digest.Digest]time.Time{l.DiffID: now.Add(time.Hour)})
+	if i := slices.IndexFunc(items, func(it Item) bool { return it.Kind == KindLayer }); err != nil || i < 0 || !items[i].Used.Equal(now.Add(time.Hour)) {
+		t.Errorf("%+v, %v", items, err)
 	}
 }
 

@@ -8,7 +8,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
-	"strings"
+	"slices"
 	"time"
 
 	"github.com/opencontainers/go-digest"
@@ -16,25 +16,32 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// PruneOptions says what [Store.Prune] keeps besides what index.json reaches.
+// PruneOptions says what [Store.Prune] removes.
 type PruneOptions struct {
-	Keep   []digest.Digest // diff IDs, such as those of cache records
-	Before time.Time       // what was used later stays
+	Now    time.Time                   // what seems to be used later was used while the clock was wrong
+	Used   map[digest.Digest]time.Time // see [Store.Items]
+	Choose func(all []Item) []Item     // what is to go; what is in use stays all the same
 }
 
 // Pruned is what [Store.Prune] did.
 type Pruned struct {
-	Busy   bool // other processes use the store: nothing was removed
-	Bytes  int64
-	Layers int // indexes and trees of that many layers
-	Blobs  int
-	Temps  int // leftovers of dead processes
-	Mounts int // directories of RUN --mount=type=cache
+	Busy    bool // other processes use the store: nothing was removed
+	Bytes   int64
+	Removed []Item
 }
 
-// Prune removes layers and blobs that no image in index.json and nothing in
-// o.Keep needs, and leftovers of dead processes. It must have the store for
-// itself: if another process has it open, Busy is set and nothing happens. In
+// Count is how many of a kind were removed.
+func (p Pruned) Count(k Kind) (n int) {
+	for _, it := range p.Removed {
+		if it.Kind == k {
+			n++
+		}
+	}
+	return n
+}
+
+// Prune removes what o chooses, but for what images in index.json need and the blobs of layers that stay, and leftovers of
+// dead processes. It must have the store for itself: if another process has it open, Busy is set and nothing happens. In
 // this process no other method may run meanwhile.
 func (s *Store) Prune(ctx context.Context, o PruneOptions) (Pruned, error) {
 	// Changing a lock gives the old one up first, even if the new one can't be
@@ -50,45 +57,83 @@ func (s *Store) Prune(ctx context.Context, o PruneOptions) (Pruned, error) {
 		return Pruned{}, fmt.Errorf("prune: %w", err)
 	}
 	defer flock(s.held, unix.LOCK_SH)
-	p := &pruning{s: s, ctx: ctx, before: o.Before, layers: map[string]bool{}, blobs: map[string]bool{}}
-	for _, d := range o.Keep {
-		p.layers[hexOf(d)] = true
-	}
-	if err := p.prune(); err != nil {
+	p := &pruning{s: s, ctx: ctx, gone: map[string]bool{}}
+	if err := p.prune(o); err != nil {
 		return p.done, fmt.Errorf("prune: %w", err)
 	}
 	return p.done, nil
 }
 
 type pruning struct {
-	s      *Store
-	ctx    context.Context
-	before time.Time
-	layers map[string]bool // to keep, by hex of the diff ID
-	blobs  map[string]bool // to keep, by hex of the digest
-	done   Pruned
+	s    *Store
+	ctx  context.Context
+	gone map[string]bool // layers, by hex
+	done Pruned
 }
 
-func (p *pruning) prune() error {
-	if err := p.markTagged(); err != nil {
+func (p *pruning) prune(o PruneOptions) error {
+	_, p.done.Bytes = sweep(filepath.Join(p.s.dir, "tmp"))
+	all, err := p.s.Items(p.ctx, o.Now, o.Used)
+	if err != nil {
 		return err
 	}
-	p.done.Temps, p.done.Bytes = sweep(filepath.Join(p.s.dir, "tmp"))
-	if err := p.sweepLayers(); err != nil {
-		return err
+	for _, it := range all {
+		if it.Used.Equal(o.Now) {
+			_ = os.Chtimes(it.path, o.Now, o.Now) // so that it ages from now on
+		}
 	}
-	if err := p.sweepBlobs(); err != nil {
-		return err
-	}
-	if err := p.sweepMounts(); err != nil {
-		return err
+	for _, it := range o.Choose(all) { // layers come before blobs
+		if p.ctx.Err() != nil {
+			return context.Cause(p.ctx)
+		}
+		if err := p.remove(it); err != nil {
+			return err
+		}
 	}
 	// Nobody waits for a lock now, but for those that are held in this process.
 	return p.sweepLocks()
 }
 
+// remove removes an item that nothing needs.
+func (p *pruning) remove(it Item) error {
+	if it.InUse || it.Kind == KindTemp {
+		return nil
+	}
+	// A layer that filo built may have nothing else.
+	if slices.ContainsFunc(it.owner, func(layer string) bool { return !p.gone[layer] }) {
+		return nil
+	}
+	// A half removed thing must not be found, so it is moved away first.
+	trash, err := p.s.Temp("pruned-")
+	if err != nil {
+		return err
+	}
+	if err := os.Rename(it.path, filepath.Join(trash, "item")); err != nil {
+		return err
+	}
+	switch it.Kind {
+	case KindLayer:
+		name := filepath.Base(it.path)
+		p.gone[name] = true
+		p.s.forget(Layer{DiffID: digest.NewDigestFromEncoded(digest.SHA256, name)})
+	case KindMount:
+		_ = os.Remove(it.path + ".lock")
+	}
+	p.done.Bytes += it.Bytes
+	p.done.Removed = append(p.done.Removed, it)
+	return removeAll(trash)
+}
+
+// reached is what the images of index.json need.
+type reached struct {
+	s      *Store
+	ctx    context.Context
+	layers map[string]bool // by hex of the diff ID
+	blobs  map[string]bool // by hex of the digest
+}
+
 // markTagged keeps the images of index.json.
-func (p *pruning) markTagged() error {
+func (p *reached) markTagged() error {
 	tags, err := p.s.Names(p.ctx)
 	if err != nil {
 		return err
@@ -103,7 +148,7 @@ func (p *pruning) markTagged() error {
 
 // mark keeps a manifest, config or index and what it names. Whatever an index
 // can name is looked into, as nothing but the content says what it is.
-func (p *pruning) mark(d digest.Digest) error {
+func (p *reached) mark(d digest.Digest) error {
 	name := hexOf(d)
 	if p.blobs[name] || name == "invalid" {
 		return nil
@@ -149,111 +194,11 @@ func pointed(list ...*ocispec.Descriptor) (some []ocispec.Descriptor) {
 	return some
 }
 
-// sweepLayers removes unneeded layers. Blobs of needed ones are needed: a
-// layer that filo built may have nothing else.
-func (p *pruning) sweepLayers() error {
-	dir := filepath.Join(p.s.dir, "layers")
-	list, err := os.ReadDir(dir)
-	if err != nil {
-		return err
-	}
-	for _, d := range list {
-		if p.ctx.Err() != nil {
-			return context.Cause(p.ctx)
-		}
-		l := Layer{DiffID: digest.NewDigestFromEncoded(digest.SHA256, d.Name())}
-		info, err := d.Info()
-		if err != nil {
-			return err
-		}
-		if p.layers[d.Name()] || info.ModTime().After(p.before) {
-			for _, b := range p.s.readBlobs(l) {
-				p.blobs[hexOf(b.Descriptor.Digest)] = true
-			}
-			continue
-		}
-		if err := p.removeLayer(filepath.Join(dir, d.Name())); err != nil {
-			return err
-		}
-		p.s.forget(l)
-	}
-	return nil
-}
-
-// removeLayer moves the directory to tmp first: a half removed layer must not
-// be found.
-func (p *pruning) removeLayer(dir string) error {
-	size := diskUse(dir)
-	trash, err := p.s.Temp("pruned-")
-	if err != nil {
-		return err
-	}
-	if err := os.Rename(dir, filepath.Join(trash, "layer")); err != nil {
-		return err
-	}
-	p.done.Layers++
-	p.done.Bytes += size
-	return removeAll(trash)
-}
-
 func (s *Store) forget(l Layer) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	delete(s.indexes, l.DiffID)
 	delete(s.whole, l.DiffID)
-}
-
-func (p *pruning) sweepBlobs() error {
-	dir := filepath.Join(p.s.dir, "blobs", "sha256")
-	list, err := os.ReadDir(dir)
-	if err != nil {
-		return err
-	}
-	for _, d := range list {
-		info, err := d.Info()
-		if err != nil {
-			return err
-		}
-		if p.blobs[d.Name()] || info.ModTime().After(p.before) {
-			continue
-		}
-		size := diskUse(filepath.Join(dir, d.Name()))
-		if err := os.Remove(filepath.Join(dir, d.Name())); err != nil {
-			return err
-		}
-		p.done.Blobs++
-		p.done.Bytes += size
-	}
-	return nil
-}
-
-// sweepMounts removes the directories below mounts/ that were not used lately, with their locks.
-func (p *pruning) sweepMounts() error {
-	dir := filepath.Join(p.s.dir, "mounts")
-	list, err := os.ReadDir(dir)
-	if err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return err
-	}
-	for _, d := range list {
-		info, err := d.Info()
-		if err != nil {
-			return err
-		}
-		if info.ModTime().After(p.before) {
-			continue
-		}
-		at := filepath.Join(dir, d.Name())
-		if d.IsDir() {
-			p.done.Mounts++
-			p.done.Bytes += diskUse(at)
-		} else if _, err := os.Lstat(strings.TrimSuffix(at, ".lock")); err == nil {
-			continue // the lock of a directory that stays
-		}
-		if err := removeAll(at); err != nil {
-			return err
-		}
-	}
-	return nil
 }
 
 func (p *pruning) sweepLocks() error {

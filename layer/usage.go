@@ -5,125 +5,148 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"slices"
 	"time"
 
 	"github.com/opencontainers/go-digest"
+	"golang.org/x/sys/unix"
 )
 
-// Use is what things of one kind take in the state directory.
-type Use struct {
-	Kind        string // "layers", "blobs", "cache mounts", "sources", "records", "unfinished"
-	Items       int
-	Bytes       int64 // on disk
-	Reclaimable int64 // of these, what no image of index.json needs
+// Kind says what something in the state directory is.
+type Kind string
+
+// The kinds of things in the state directory.
+const (
+	KindLayer  Kind = "layer"      // entry list and unpacked tree
+	KindBlob   Kind = "blob"       // layers as images hold them, manifests, configs
+	KindMount  Kind = "cachemount" // contents of RUN --mount=type=cache
+	KindSource Kind = "source"     // downloads, and where images came from
+	KindRecord Kind = "record"     // what build steps made, digests of files
+	KindTemp   Kind = "unfinished" // of processes that run, or ended at once
+)
+
+// Item is one thing in the state directory.
+type Item struct {
+	Kind  Kind
+	ID    string    // digest of a layer or blob, else a name that is unique among its kind
+	Bytes int64     // on disk
+	Used  time.Time // last
+	InUse bool      // an image of index.json needs it
+
+	path  string
+	owner []string // of a blob: the layers that have it, by hex
 }
 
-// Usage says what takes how much of the state directory. What other processes do meanwhile may or may not be counted.
-func (s *Store) Usage(ctx context.Context) ([]Use, error) {
-	needed, err := s.needed(ctx)
-	if err != nil {
+// places says where the items of each kind are.
+var places = [...]struct {
+	kind Kind
+	dir  string
+}{
+	{KindLayer, "layers"}, {KindBlob, "blobs/sha256"}, {KindMount, "mounts"}, {KindSource, "sources/http"}, {KindSource, "sources/images"},
+	{KindSource, "sources/blobs"}, {KindRecord, "steps"}, {KindRecord, "files"}, {KindTemp, "tmp"},
+}
+
+// Items lists what is in the state directory. used tells when layers were used where the store does not see it, as by
+// cache records. Whatever seems to be used after now was used while the clock was wrong: it counts as used now. What other
+// processes do meanwhile may or may not be listed.
+func (s *Store) Items(ctx context.Context, now time.Time, used map[digest.Digest]time.Time) ([]Item, error) {
+	l := &lister{s: s, ctx: ctx, now: now, used: used, owners: map[string][]string{}, latest: map[string]time.Time{}}
+	var err error
+	if l.needed, err = s.needed(ctx); err != nil {
 		return nil, fmt.Errorf("measure store: %w", err)
 	}
-	var out []Use
-	for _, k := range []struct {
-		kind string
-		dirs []string
-		keep map[string]bool
-	}{
-		{"layers", []string{"layers"}, needed.layers},
-		{"blobs", []string{"blobs/sha256"}, needed.blobs},
-		{"cache mounts", []string{"mounts"}, nil},
-		{"sources", []string{"sources"}, nil},
-		{"records", []string{"steps", "files"}, nil},
-		{"unfinished", []string{"tmp"}, nil},
-	} {
-		u := Use{Kind: k.kind}
-		for _, dir := range k.dirs {
-			if err := u.add(ctx, filepath.Join(s.dir, dir), k.keep); err != nil {
-				return nil, fmt.Errorf("measure store: %w", err)
-			}
+	for _, p := range places {
+		if err := l.list(p.kind, p.dir); err != nil {
+			return nil, fmt.Errorf("measure store: %w", err)
 		}
-		out = append(out, u)
 	}
-	return out, nil
+	return l.items, nil
 }
 
-// add counts what is in dir. Nothing of a name in keep can be reclaimed.
-func (u *Use) add(ctx context.Context, dir string, keep map[string]bool) error {
-	list, err := os.ReadDir(dir)
+type lister struct {
+	s      *Store
+	ctx    context.Context // of Items
+	now    time.Time
+	used   map[digest.Digest]time.Time
+	needed *reached
+	owners map[string][]string  // of blobs
+	latest map[string]time.Time // use of layers
+	items  []Item
+}
+
+func (l *lister) list(kind Kind, dir string) error {
+	all, err := os.ReadDir(filepath.Join(l.s.dir, dir))
 	if os.IsNotExist(err) {
 		return nil
 	}
-	for _, d := range list {
-		if ctx.Err() != nil {
-			return context.Cause(ctx)
+	for _, d := range all {
+		if l.ctx.Err() != nil {
+			return context.Cause(l.ctx)
 		}
-		size := diskUse(filepath.Join(dir, d.Name()))
-		u.Items++
-		u.Bytes += size
-		if !keep[d.Name()] {
-			u.Reclaimable += size
+		if kind == KindMount && filepath.Ext(d.Name()) == ".lock" {
+			continue // goes with its directory
 		}
+		info, err := d.Info()
+		if err != nil {
+			continue // gone meanwhile
+		}
+		it := Item{Kind: kind, ID: d.Name(), Used: info.ModTime(), path: filepath.Join(l.s.dir, dir, d.Name())}
+		it.Bytes = diskUse(it.path)
+		l.know(&it, d.Name())
+		if it.Used.After(l.now) {
+			it.Used = l.now
+		}
+		l.items = append(l.items, it)
 	}
 	return err
 }
 
+// know adds what the kind of an item tells.
+func (l *lister) know(it *Item, name string) {
+	later := func(t time.Time) {
+		if t.After(it.Used) {
+			it.Used = t
+		}
+	}
+	switch it.Kind {
+	case KindLayer:
+		d := digest.NewDigestFromEncoded(digest.SHA256, name)
+		it.ID, it.InUse = d.String(), l.needed.layers[name]
+		later(l.used[d])
+		l.latest[name] = it.Used
+		for _, b := range l.s.readBlobs(Layer{DiffID: d}) {
+			hex := hexOf(b.Descriptor.Digest)
+			l.owners[hex] = append(l.owners[hex], name)
+		}
+	case KindBlob: // comes after the layers
+		it.ID, it.InUse = "sha256:"+name, l.needed.blobs[name]
+		it.owner = l.owners[name]
+		for _, layer := range it.owner {
+			later(l.latest[layer])
+		}
+	case KindSource, KindRecord:
+		it.ID = filepath.Base(filepath.Dir(it.path)) + "/" + name
+	}
+}
+
 // needed marks what the images of index.json need.
-func (s *Store) needed(ctx context.Context) (*pruning, error) {
-	p := &pruning{s: s, ctx: ctx, layers: map[string]bool{}, blobs: map[string]bool{}}
-	if err := p.markTagged(); err != nil {
+func (s *Store) needed(ctx context.Context) (*reached, error) {
+	r := &reached{s: s, ctx: ctx, layers: map[string]bool{}, blobs: map[string]bool{}}
+	if err := r.markTagged(); err != nil {
 		return nil, err
 	}
-	for hex := range p.layers {
+	for hex := range r.layers {
 		for _, b := range s.readBlobs(Layer{DiffID: digest.NewDigestFromEncoded(digest.SHA256, hex)}) {
-			p.blobs[hexOf(b.Descriptor.Digest)] = true
+			r.blobs[hexOf(b.Descriptor.Digest)] = true
 		}
 	}
-	return p, nil
+	return r, nil
 }
 
-// Cutoff returns a time such that what was used later takes at most bound bytes; images of index.json count whenever they
-// were used. used tells of layers whose use the store does not see, such as those of cache records.
-func (s *Store) Cutoff(ctx context.Context, bound int64, used map[digest.Digest]time.Time) (time.Time, error) {
-	needed, err := s.needed(ctx)
-	if err != nil {
-		return time.Time{}, fmt.Errorf("measure store: %w", err)
+// Free returns how many bytes the file system of the state directory has left for this user.
+func (s *Store) Free() (int64, error) {
+	var st unix.Statfs_t
+	if err := unix.Statfs(s.dir, &st); err != nil {
+		return 0, fmt.Errorf("measure disk: %w", err)
 	}
-	var all []aged
-	for dir, keep := range map[string]map[string]bool{"layers": needed.layers, "blobs/sha256": needed.blobs, "mounts": nil} {
-		list, err := os.ReadDir(filepath.Join(s.dir, dir))
-		if err != nil && !os.IsNotExist(err) {
-			return time.Time{}, fmt.Errorf("measure store: %w", err)
-		}
-		for _, d := range list {
-			info, err := d.Info()
-			if err != nil {
-				continue // gone meanwhile
-			}
-			size := diskUse(filepath.Join(s.dir, dir, d.Name()))
-			if keep[d.Name()] {
-				bound -= size
-				continue
-			}
-			at := info.ModTime()
-			if t := used[digest.NewDigestFromEncoded(digest.SHA256, d.Name())]; dir == "layers" && t.After(at) {
-				at = t
-			}
-			all = append(all, aged{at, size})
-		}
-	}
-	slices.SortFunc(all, func(a, b aged) int { return b.used.Compare(a.used) })
-	for _, a := range all {
-		if bound -= a.size; bound < 0 {
-			return a.used, nil
-		}
-	}
-	return time.Time{}, nil
-}
-
-// aged is something in the store, when it was used last and what removing it frees.
-type aged struct {
-	used time.Time
-	size int64
+	return int64(st.Bavail) * st.Bsize, nil
 }

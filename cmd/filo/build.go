@@ -206,8 +206,8 @@ func (j *job) build(ctx context.Context) error {
 	return errors.Join(err, j.trim(ctx))
 }
 
-// trim removes what was used longest ago if --keep-storage bounds the state directory. What other builds use stays: they
-// keep it from being pruned, and the last one of them prunes.
+// trim removes what was used longest ago if --keep-storage or $FILO_KEEP_STORAGE bounds the state directory. What other
+// builds use stays: they keep it from being pruned, and the last one of them prunes.
 func (j *job) trim(ctx context.Context) error {
 	if j.flags.steps.keep == "" {
 		return nil
@@ -216,11 +216,7 @@ func (j *job) trim(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	before, err := j.cutoff(ctx, bound)
-	if err != nil {
-		return err
-	}
-	_, _, err = j.removeUnused(ctx, j.state, before)
+	_, err = j.removeSelected(ctx, j.state, selection{match: (&filter{}).match, max: &bound})
 	return err
 }
 

@@ -19,10 +19,15 @@ import (
 )
 
 func main() {
-	os.Exit(run(os.Args[1:], world{
+	os.Exit(run(os.Args[1:], machine()))
+}
+
+// machine is the world as it is.
+func machine() world {
+	return world{
 		stdin: os.Stdin, stdout: os.Stdout, stderr: os.Stderr,
 		env: os.LookupEnv, root: os.Geteuid() == 0, now: time.Now,
-	}))
+	}
 }
 
 // Exit statuses.

@@ -158,6 +158,9 @@ func parsePlatforms(values []string) ([]ocispec.Platform, error) {
 func (f *stepFlags) apply(req *builder.Request, env lookup) (err error) {
 	req.NoCache, req.Pull, req.Verify = f.noCache, f.pull, f.verify
 	req.NoCacheFilter = splitCommas(f.filter)
+	if v, _ := env("FILO_KEEP_STORAGE"); f.keep == "" {
+		f.keep = v
+	}
 	if _, err := storage(f.keep); err != nil {
 		return err
 	}

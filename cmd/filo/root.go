@@ -57,6 +57,7 @@ else $XDG_DATA_HOME/filo or ~/.local/share/filo. Credentials come from Docker's 
 const environmentHelp = `
 Environment:
   FILO_ROOT               state directory
+  FILO_KEEP_STORAGE       default of build --keep-storage
   FILO_REGISTRY_MIRRORS   mirrors by registry: docker.io=HOST:PORT[/PATH],…
   FILO_REGISTRY_CONFIG    default of --registry-config
   DOCKER_CONFIG           directory of Docker's config.json with credentials

@@ -16,6 +16,7 @@ import (
 	"strconv"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/google/go-containerregistry/pkg/name"
 	"github.com/google/go-containerregistry/pkg/registry"
@@ -31,9 +32,23 @@ import (
 
 func TestMain(m *testing.M) {
 	if os.Getenv(isFilo) != "" { // started by a script, or by itself in a user namespace: then under another name
+		filoMain()
+	}
+	testscript.Main(m, map[string]func(){"filo": filoMain})
+}
+
+// clockEnv is how far the clock of what is started as filo is off.
+const clockEnv = "FILO_TEST_CLOCK"
+
+// filoMain is main, with another clock if the test wants one.
+func filoMain() {
+	off, err := time.ParseDuration(os.Getenv(clockEnv))
+	if err != nil {
 		main()
 	}
-	testscript.Main(m, map[string]func(){"filo": main})
+	w := machine()
+	w.now = func() time.Time { return time.Now().Add(off) }
+	os.Exit(run(os.Args[1:], w))
 }
 
 // isFilo is set in the environment of what is started as filo.
