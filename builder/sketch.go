@@ -23,13 +23,15 @@ type sketchKey struct {
 	Run     *runKey             `json:",omitempty"`
 }
 
-// sketch returns the question for a step by the layers that it reads from; false for one that reads other files too.
-func (w *walk) sketch(ctx context.Context, r *stageRun, st dockerfile.Step) (q question, ok bool, err error) {
+// sketch returns the question for a step by the layers that it reads from; the zero question for one that reads other
+// files too.
+func (w *walk) sketch(ctx context.Context, r *stageRun, st dockerfile.Step) (question, error) {
 	if r.fresh || w.req.Verify {
-		return q, false, nil
+		return question{}, nil
 	}
 	var k sketchKey
 	var inputs []digest.Digest
+	var err error
 	switch op := st.Op.(type) {
 	case *dockerfile.Copy:
 		k, inputs, err = w.sketchCopy(ctx, r, op)
@@ -38,10 +40,9 @@ func (w *walk) sketch(ctx context.Context, r *stageRun, st dockerfile.Step) (q q
 	case *dockerfile.Mkdir:
 	}
 	if len(inputs) == 0 || err != nil {
-		return q, false, err
+		return question{}, err
 	}
-	q, err = ask(k, inputs...)
-	return q, err == nil, err
+	return ask(k, inputs...)
 }
 
 // sketchCopy returns the key and inputs of a COPY; no inputs if there is no sketch of it.

@@ -49,49 +49,25 @@ func (w *walk) step(ctx context.Context, r *stageRun, st dockerfile.Step) error 
 func (w *walk) try(ctx context.Context, r *stageRun, st dockerfile.Step, name string) error {
 	v := w.vertex(name)
 	err := w.await(ctx, v, st.Op)
-	keyed := v.phase(Keying)
-	var sketch question
-	sketched := false
+	var k keyed
 	if err == nil {
-		sketch, sketched, err = w.sketch(ctx, r, st)
-	}
-	if m, ok := w.known(ctx, sketch); sketched && ok {
-		keyed()
-		v.emit(Event{State: Started})
-		v.emit(Event{State: Cached})
-		keys := []cache.Key{sketch.key}
-		if m.same != "" {
-			keys = append(keys, m.same)
-		}
-		w.put(ctx, v, r, st, m, keys...)
-		return nil
-	}
-	var t task
-	if err == nil {
-		t, err = w.prepared(ctx, r, st)
+		k, err = w.keyed(ctx, v, r, st)
 	}
 	if err != nil {
 		v.emit(Event{State: Started})
 		return v.end(ctx, w.file.Locate(st, err))
 	}
-	defer t.close()
-	inputs := t.inputs
-	if !t.alone {
-		inputs = append([]digest.Digest{r.chain}, inputs...)
-	}
-	q, err := ask(t.op, inputs...)
-	if err != nil {
-		return err
-	}
-	q.fresh = r.fresh
-	if w.req.Explain != nil {
-		w.req.Explain(name, fmt.Sprintf("%s %s %v", q.key, q.op, q.inputs))
-	}
-	keyed()
-	m, err := w.steps.do(ctx, q.key, func() (memory, error) {
+	if k.found != nil {
 		v.emit(Event{State: Started})
-		m, err := w.remembered(ctx, v, q, func(ctx context.Context, created int64) (layer.Layer, error) {
-			return t.do(ctx, v, created)
+		v.emit(Event{State: Cached})
+		w.put(ctx, v, r, st, *k.found, k.sketch.key, k.found.same)
+		return nil
+	}
+	defer k.task.close()
+	m, err := w.steps.do(ctx, k.own.key, func() (memory, error) {
+		v.emit(Event{State: Started})
+		m, err := w.remembered(ctx, v, k.own, func(ctx context.Context, created int64) (layer.Layer, error) {
+			return k.task.do(ctx, v, created)
 		})
 		if err == nil && m.hit {
 			v.emit(Event{State: Cached})
@@ -100,16 +76,49 @@ func (w *walk) try(ctx context.Context, r *stageRun, st dockerfile.Step, name st
 		return m, v.end(ctx, w.file.Locate(st, err))
 	})
 	if err != nil {
-		w.steps.forget(q.key) // it may be tried again
+		w.steps.forget(k.own.key) // it may be tried again
 		return err
 	}
-	keys := []cache.Key{q.key}
-	if sketched {
-		keys = append(keys, sketch.key)
-		w.keep(sketch, cache.Record{Layer: m.layer.DiffID, Created: m.created, Same: q.key})
+	if k.sketch.key != "" {
+		w.keep(k.sketch, cache.Record{Layer: m.layer.DiffID, Created: m.created, Same: k.own.key})
 	}
-	w.put(ctx, v, r, st, m, keys...)
+	w.put(ctx, v, r, st, m, k.own.key, k.sketch.key)
 	return nil
+}
+
+// keyed is a step with what the cache is asked about it.
+type keyed struct {
+	sketch question // by the layers that the step reads from; the zero question if there is none
+	found  *memory  // what the cache has under the sketch; nil for nothing, and then there is what follows
+	task   task
+	own    question
+}
+
+// keyed asks the cache for the sketch of a step. If it has nothing, it finds what the step reads, and its own key.
+func (w *walk) keyed(ctx context.Context, v *vertex, r *stageRun, st dockerfile.Step) (k keyed, err error) {
+	defer v.phase(Keying)()
+	if k.sketch, err = w.sketch(ctx, r, st); err != nil {
+		return k, err
+	}
+	if m, ok := w.known(ctx, k.sketch); ok {
+		k.found = &m
+		return k, nil
+	}
+	if k.task, err = w.prepared(ctx, r, st); err != nil {
+		return k, err
+	}
+	inputs := k.task.inputs
+	if !k.task.alone {
+		inputs = append([]digest.Digest{r.chain}, inputs...)
+	}
+	if k.own, err = ask(k.task.op, inputs...); err != nil {
+		return k, errors.Join(err, k.task.close())
+	}
+	k.own.fresh = r.fresh
+	if w.req.Explain != nil {
+		w.req.Explain(v.name, fmt.Sprintf("%s %s %v", k.own.key, k.own.op, k.own.inputs))
+	}
+	return k, nil
 }
 
 // known looks q up here and in the shared caches. The zero question has no answer.
@@ -123,10 +132,13 @@ func (w *walk) known(ctx context.Context, q question) (memory, bool) {
 	return w.recallShared(ctx, q)
 }
 
-// put puts what a step made on its stage and tells of it.
+// put puts what a step made on its stage and tells of it under its keys; "" is none.
 func (w *walk) put(ctx context.Context, v *vertex, r *stageRun, st dockerfile.Step, m memory, keys ...cache.Key) {
 	r.add(st, &m.layer, m.created)
 	for _, k := range keys {
+		if k == "" {
+			continue
+		}
 		made := Made{Key: k, Layer: m.layer, Created: m.created, Shipped: w.inResult(r.stage)}
 		w.made.add(made)
 		if w.Offer != nil {
