@@ -281,6 +281,16 @@ func TestCacheMountInKey(t *testing.T) {
 	if _, misses := b.cached(); misses != 2 {
 		t.Errorf("another source: %d misses, want 2\n%s", misses, b.log())
 	}
+	// Nor does what it is known by without a look at files, where it mounts a stage as well.
+	both := "FROM scratch AS one\nCOPY a /\nFROM scratch AS two\nCOPY b /\nFROM scratch\nCOPY tool /bin/tool\n" +
+		"RUN --mount=type=bind,from=two,target=/two --mount=type=cache,target=/c,from=one [\"/bin/tool\", \"write\", \"/out\", \"made\"]\n"
+	b.file("b", "text")
+	b.build(both, nil)
+	b.file("a", "a third")
+	b.build(both, nil)
+	if _, misses := b.cached(); misses != 2 {
+		t.Errorf("another source beside a bind mount: %d misses, want 2\n%s", misses, b.log())
+	}
 }
 
 func TestRunFails(t *testing.T) {

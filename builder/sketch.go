@@ -60,13 +60,13 @@ func (w *walk) sketchCopy(ctx context.Context, r *stageRun, op *dockerfile.Copy)
 	return sketchKey{Sketch: "copy", Copy: &key, Sources: op.Sources, Exclude: op.Exclude, Add: op.Add, Unpack: op.Unpack}, inputs, nil
 }
 
-// sketchRun returns the key and inputs of a RUN with bind mounts; no inputs if there is no sketch of it.
+// sketchRun returns the key and inputs of a RUN with mounts of other stages and images; no inputs if there is no sketch
+// of it.
 func (w *walk) sketchRun(ctx context.Context, r *stageRun, op *dockerfile.Run) (sketchKey, []digest.Digest, error) {
 	run := runStep{op: op}
 	inputs := []digest.Digest{r.chain}
 	for _, m := range op.Mounts {
-		if m.Type != dockerfile.MountBind {
-			m.HasFrom = false // what a cache mount begins with is in no key
+		if m.Type != dockerfile.MountBind && (m.Type != dockerfile.MountCache || !m.HasFrom) {
 			pm, err := w.prepareMount(ctx, m)
 			if err != nil {
 				return sketchKey{}, nil, err
@@ -79,7 +79,11 @@ func (w *walk) sketchRun(ctx context.Context, r *stageRun, op *dockerfile.Run) (
 			return sketchKey{}, nil, err
 		}
 		inputs = append(inputs, from, digest.FromString(m.Source))
-		run.mounts = append(run.mounts, mount{Mount: m, key: mountKey{Type: m.Type, Target: m.Target, ReadOnly: m.ReadOnly}})
+		key := mountKey{Type: m.Type, Target: m.Target, ReadOnly: m.ReadOnly}
+		if m.Type == dockerfile.MountCache {
+			key.Mode, key.UID, key.GID = m.Mode, m.UID, m.GID
+		}
+		run.mounts = append(run.mounts, mount{Mount: m, key: key})
 	}
 	if len(inputs) == 1 { // the step's own key needs no files either
 		return sketchKey{}, nil, nil
