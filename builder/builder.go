@@ -79,20 +79,21 @@ type Request struct {
 	Verify        bool     // do hits again and compare
 	Explain       func(vertex, text string)
 
-	Network  string            // for RUN without --network: "default", "host", "none"; "" is default
-	Hosts    []string          // --add-host "name:ip"
-	Secrets  map[string]Secret // --secret by id
-	SSH      map[string]Agent  // --ssh by id
-	ShmSize  int64             // bytes; 0 is the default
-	Ulimits  []sandbox.Ulimit
-	Limits   sandbox.Limits
-	Scan     *attest.Scanner    // scans the result; nil for none
-	Title    sbom.Subject       // what an SBOM calls the result and who makes it
-	Allow    []string           // entitlements: "network.host", "security.insecure"
-	Epoch    *int64             // SOURCE_DATE_EPOCH: pins "created" and clamps file times
-	Ships    *layer.Compression // how layers of the result leave the store; nil if no layer leaves (type=local, type=tar, no output)
-	Ground   sandbox.Ground     // where steps run
-	SingleID bool               // the sandbox has one user id only
+	Network   string            // for RUN without --network: "default", "host", "none"; "" is default
+	Hosts     []string          // --add-host "name:ip"
+	Secrets   map[string]Secret // --secret by id
+	SSH       map[string]Agent  // --ssh by id
+	ShmSize   int64             // bytes; 0 is the default
+	Ulimits   []sandbox.Ulimit
+	Limits    sandbox.Limits
+	Scan      *attest.Scanner    // scans the result; nil for none
+	Title     sbom.Subject       // what an SBOM calls the result and who makes it
+	Allow     []string           // entitlements: "network.host", "security.insecure"
+	Epoch     *int64             // SOURCE_DATE_EPOCH: pins "created" and clamps file times
+	KeepTimes bool               // files keep their times whatever Epoch says, and steps are found again with another one
+	Ships     *layer.Compression // how layers of the result leave the store; nil if no layer leaves (type=local, type=tar, no output)
+	Ground    sandbox.Ground     // where steps run
+	SingleID  bool               // the sandbox has one user id only
 }
 
 // Named is the value of a --build-context: exactly one field is set.

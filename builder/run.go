@@ -44,7 +44,7 @@ func (b *build) runKey(r runStep, platform string) runKey {
 	k := runKey{
 		Run: "run", Args: op.Args, Env: op.Env, Dir: op.Dir, User: op.User, Files: op.Files,
 		Network: b.network(op), Insecure: op.Insecure, Hostname: op.Hostname,
-		ShmSize: b.req.ShmSize, Ulimits: b.req.Ulimits, Epoch: b.req.Epoch, Platform: platform,
+		ShmSize: b.req.ShmSize, Ulimits: b.req.Ulimits, Epoch: b.clamp(), Platform: platform,
 	}
 	for _, m := range r.mounts {
 		k.Mounts = append(k.Mounts, m.key)
@@ -121,7 +121,7 @@ func (w *walk) execute(ctx context.Context, v *vertex, p sandbox.Process, more b
 		return layer.Layer{}, err
 	}
 	defer v.phase(Snapshoting)()
-	return w.Store.Snapshot(ctx, o, layer.Sinks{Tree: true, Epoch: w.req.Epoch})
+	return w.Store.Snapshot(ctx, o, layer.Sinks{Tree: true, Epoch: w.clamp()})
 }
 
 func rootOf(o *layer.Overlay) sandbox.Root {

@@ -52,7 +52,7 @@ func (w *walk) sketchCopy(ctx context.Context, r *stageRun, op *dockerfile.Copy)
 	if foreign || !ok || err != nil {
 		return sketchKey{}, nil, err
 	}
-	key, _ := copyStep{op: op}.key(w.req.Epoch)
+	key, _ := copyStep{op: op}.key(w.clamp())
 	inputs := []digest.Digest{from}
 	if !key.Link {
 		inputs = append(inputs, r.chain)

@@ -121,6 +121,15 @@ func (b *build) parse(ctx context.Context, p ocispec.Platform) (*walk, error) {
 	return &walk{build: b, platform: p, file: f, stages: newOnce[*dockerfile.Stage, *stageRun]()}, nil
 }
 
+// clamp is what no file time in a new layer is above; nil for no limit. It is part of the keys of steps, so that what
+// is cached and what is not give the same image.
+func (b *build) clamp() *int64 {
+	if b.req.KeepTimes {
+		return nil
+	}
+	return b.req.Epoch
+}
+
 // epoch finds the time that SOURCE_DATE_EPOCH names.
 func (b *build) epoch(ctx context.Context, f *dockerfile.File, p ocispec.Platform) (*int64, error) {
 	from := *f.EpochFrom
@@ -436,7 +445,7 @@ func (w *walk) fromFiles(ctx context.Context, of *layered, r *stageRun) error {
 		if err := p.copy(&source[0], "/", attributes{}); err != nil {
 			return layer.Layer{}, err
 		}
-		return w.create(ctx, nil, p, layer.Sinks{Tree: true, Epoch: w.req.Epoch})
+		return w.create(ctx, nil, p, layer.Sinks{Tree: true, Epoch: w.clamp()})
 	})
 	if err != nil {
 		return err
@@ -467,9 +476,9 @@ func (w *walk) inResult(s *dockerfile.Stage) bool {
 // else straight to the blob that leaves.
 func (w *walk) sinks(r *stageRun, st dockerfile.Step) layer.Sinks {
 	if r.runs(r.next) || !r.ships {
-		return layer.Sinks{Tree: true, Epoch: w.req.Epoch}
+		return layer.Sinks{Tree: true, Epoch: w.clamp()}
 	}
-	return layer.Sinks{Blob: w.req.Ships, Epoch: w.req.Epoch}
+	return layer.Sinks{Blob: w.req.Ships, Epoch: w.clamp()}
 }
 
 // runs says whether there is a RUN among the steps from one on.

@@ -184,7 +184,7 @@ func (w *walk) prepared(ctx context.Context, r *stageRun, st dockerfile.Step) (t
 		if err != nil {
 			return task{}, errors.Join(err, c.Close())
 		}
-		k, inputs := c.key(w.req.Epoch)
+		k, inputs := c.key(w.clamp())
 		return task{op: k, inputs: inputs, alone: c.link(), close: c.Close,
 			do: func(ctx context.Context, v *vertex, created int64) (layer.Layer, error) {
 				return w.copy(ctx, v, c, below, created, sinks)
@@ -193,7 +193,7 @@ func (w *walk) prepared(ctx context.Context, r *stageRun, st dockerfile.Step) (t
 		k := struct {
 			Mkdir, User string
 			Epoch       *int64 `json:",omitempty"`
-		}{op.Path, op.User, w.req.Epoch}
+		}{op.Path, op.User, w.clamp()}
 		return task{op: k, close: func() error { return nil },
 			do: func(ctx context.Context, v *vertex, created int64) (layer.Layer, error) {
 				return w.mkdir(ctx, v, op, below, created, sinks)

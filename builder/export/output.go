@@ -152,11 +152,12 @@ func (o Output) toStdout() bool {
 	return false
 }
 
-// RewriteTimestamp reports whether times of files in new layers shall be clamped to SOURCE_DATE_EPOCH, which
-// is done when the layers are made.
-func (o Output) RewriteTimestamp() bool {
-	b, _ := strconv.ParseBool(o.Attrs["rewrite-timestamp"]) // checked by Parse
-	return b
+// KeepsTimes reports whether files in new layers shall keep their times whatever SOURCE_DATE_EPOCH says:
+// rewrite-timestamp=false. ok is false if the output does not say. It counts when layers are made.
+func (o Output) KeepsTimes() (keep, ok bool) {
+	v, ok := o.Attrs["rewrite-timestamp"]
+	b, _ := strconv.ParseBool(v) // checked by Parse
+	return ok && !b, ok
 }
 
 // Compression is how new layers leave the store, or nil if no layer does.
@@ -334,7 +335,7 @@ func (p *plan) flag(k, v string) error {
 		p.danglingEmptyOnly = b
 	case "platform-split":
 		p.split = &b
-	case "rewrite-timestamp":
+	case "rewrite-timestamp": // see KeepsTimes
 	case "force-compression":
 		p.write.Force, p.changes = b, k
 	case "oci-mediatypes":

@@ -72,6 +72,9 @@ func (a *app) runBuild(cmd *cobra.Command, f *buildFlags, ref string) error {
 		return wrong(err)
 	}
 	outputs, err := f.results.parse(len(req.Platforms), req.MultiPlatform || wanted != (attest.Wanted{}), a.data())
+	if err == nil {
+		err = suit(&req, outputs)
+	}
 	if err != nil {
 		return wrong(err)
 	}
@@ -180,11 +183,6 @@ func (j *job) build(ctx context.Context) error {
 	j.req.Ground, j.req.SingleID, j.req.Scan = j.ground, j.ground.SingleID, j.wanted.SBOM
 	j.req.Title = sbom.Subject{Name: j.title(), Tool: "filo-" + version(), Created: j.begin}
 	j.checkLimits()
-	for _, o := range j.outputs {
-		if c := o.Compression(); c != nil && j.req.Ships == nil {
-			j.req.Ships = c
-		}
-	}
 	if j.flags.steps.explain {
 		j.req.Explain = func(vertex, text string) { fmt.Fprintf(j.stderr, "explain: %s: %s\n", vertex, text) }
 	}

@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"maps"
@@ -51,6 +52,24 @@ func (f *resultFlags) parse(platforms int, index bool, stdout io.Writer) ([]expo
 		}
 	}
 	return outputs, nil
+}
+
+// suit lets a build make layers as its outputs want them.
+func suit(req *builder.Request, outputs []export.Output) error {
+	said := false
+	for _, o := range outputs {
+		if c := o.Compression(); c != nil && req.Ships == nil {
+			req.Ships = c
+		}
+		keep, ok := o.KeepsTimes()
+		if ok && said && keep != req.KeepTimes {
+			return errors.New("rewrite-timestamp: outputs of one build have the same layers, so all must say the same")
+		}
+		if ok {
+			req.KeepTimes, said = keep, true
+		}
+	}
+	return nil
 }
 
 func parseOutputs(specs []string) ([]export.Output, error) {
