@@ -3,7 +3,9 @@ package sandbox
 import (
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
+	"os"
 	"strings"
 	"syscall"
 
@@ -27,11 +29,32 @@ func execute(p Process) error {
 	}
 	syscall.Write(reportFD, []byte{starting})
 	err = syscall.Exec(file, p.Args, p.Env)
-	code := 126
-	if errors.Is(err, fs.ErrNotExist) {
-		code = 127 // the file is there: its interpreter is not
+	if !errors.Is(err, fs.ErrNotExist) {
+		return &notExecutable{fmt.Sprintf("exec %s: %v", file, err), 126}
 	}
-	return &notExecutable{fmt.Sprintf("exec %s: %v", file, err), code}
+	what := "" // the file is there: its interpreter is not
+	if i := interpreter(file); i != "" {
+		what = fmt.Sprintf(": interpreter %q", i)
+	}
+	return &notExecutable{fmt.Sprintf("exec %s%s: %v", file, what, err), 127}
+}
+
+// interpreter returns the program that the first line of a script names; "" if file is none or cannot be read.
+func interpreter(file string) string {
+	f, err := os.Open(file)
+	if err != nil {
+		return ""
+	}
+	defer f.Close()
+	head := make([]byte, 256) // as much as the kernel looks at
+	n, _ := io.ReadFull(f, head)
+	line, _, _ := strings.Cut(string(head[:n]), "\n")
+	text, script := strings.CutPrefix(line, "#!")
+	if !script {
+		return ""
+	}
+	name, _, _ := strings.Cut(strings.TrimLeft(text, " \t"), " ") // a \r at the end is part of the name
+	return name
 }
 
 // lookPath finds a command as a shell does, with the user's own rights.

@@ -742,9 +742,11 @@ func TestRunNetworkNone(t *testing.T) {
 
 func TestRunFails(t *testing.T) {
 	b := newBox(t)
-	b.write("top/script", "#!/no/such/shell\n")
 	b.write("top/plain", "text")
-	os.Chmod(filepath.Join(b.dir, "top/script"), 0o755)
+	for name, text := range map[string]string{"script": "#! /no/such/shell -e\n", "dos": "#!/bin/inside\r\n"} {
+		b.write("top/"+name, text)
+		os.Chmod(filepath.Join(b.dir, "top", name), 0o755)
+	}
 	tests := []struct {
 		args   []string
 		code   int
@@ -757,7 +759,8 @@ func TestRunFails(t *testing.T) {
 		{[]string{"/nosuch"}, 127, 0, `exec: "/nosuch": stat /nosuch: no such file or directory`},
 		{[]string{"/plain"}, 126, 0, `exec: "/plain": permission denied`},
 		{[]string{"/tmp"}, 126, 0, `exec: "/tmp": is a directory`},
-		{[]string{"/script"}, 127, 0, `exec /script: no such file or directory`},
+		{[]string{"/script"}, 127, 0, `exec /script: interpreter "/no/such/shell": no such file or directory`},
+		{[]string{"/dos"}, 127, 0, `exec /dos: interpreter "/bin/inside\r": no such file or directory`},
 	}
 	for _, tt := range tests {
 		p := b.process()

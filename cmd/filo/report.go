@@ -127,7 +127,7 @@ func exitHint(e *sandbox.ExitError, said string) string {
 	switch {
 	case e.SingleID && wantsOtherID(said):
 		return "the step wants another user ID and only one exists here: give this user a range in /etc/subuid and /etc/subgid and install newuidmap (Debian: package uidmap), or run filo as root"
-	case e.Code == 127 && strings.Contains(said, "\r"):
+	case e.Code == 127 && (strings.Contains(said, "\r") || strings.Contains(e.Reason, `\r"`)):
 		return "a script has Windows line ends (\\r\\n); convert it to \\n"
 	case strings.Contains(e.Reason, "/bin/sh") && (strings.Contains(e.Reason, "no such file") || strings.Contains(e.Reason, "not found")):
 		return "this stage has no shell; use the JSON form RUN [\"program\", \"argument\"] or another base"

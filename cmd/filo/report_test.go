@@ -68,6 +68,7 @@ func TestHint(t *testing.T) {
 	}{
 		{exit(1, ""), "E: Unable to locate package nginx", "apt-get update"},
 		{exit(127, "exec /bin/sh: no such file or directory"), "", "no shell"},
+		{exit(127, `exec /x: interpreter "/bin/sh\r": no such file or directory`), "", "Windows line ends"},
 		{exit(126, ""), "sh: ./x: Permission denied", "--chmod=755"},
 		{exit(1, ""), "curl: (6) Could not resolve host: x", "names"},
 		{fmt.Errorf("write: %w", syscall.ENOSPC), "", "disk is full"},
