@@ -285,7 +285,7 @@ func (b *bounds) explain(p Process, err error) error {
 		return err
 	}
 	exit.Peak, exit.OutOfMemory = b.killed()
-	exit.Memory, exit.SingleID = p.Limits.Memory, p.Ground.SingleID
+	exit.Memory, exit.SingleID, exit.Ground = p.Limits.Memory, p.Ground.SingleID, p.Ground.Name
 	return err
 }
 

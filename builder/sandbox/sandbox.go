@@ -109,10 +109,11 @@ type ExitError struct {
 	Signal syscall.Signal // what ended the process, 0 if it exited by itself
 	Reason string         // why the command was never executed, "" if it was
 
-	SingleID    bool  // only one user ID existed where it ran
-	OutOfMemory bool  // the kernel killed it, or a process it started, at the limit of memory
-	Memory      int64 // that limit, bytes
-	Peak        int64 // the most memory that was used, bytes
+	Ground      string // where it ran, see [Ground]
+	SingleID    bool   // only one user ID existed where it ran
+	OutOfMemory bool   // the kernel killed it, or a process it started, at the limit of memory
+	Memory      int64  // that limit, bytes
+	Peak        int64  // the most memory that was used, bytes
 }
 
 func (e *ExitError) Error() string {

@@ -122,11 +122,23 @@ func wantsOtherID(said string) bool {
 	return false
 }
 
+// wantsProc says whether a step complains as programs do that miss themselves in /proc.
+func wantsProc(said string) bool {
+	for _, name := range []string{"/dev/stdout", "/dev/stderr", "/dev/stdin", "/dev/fd/", "/proc/self", "/proc/1", "/proc/mounts"} {
+		if strings.Contains(said, name) {
+			return true
+		}
+	}
+	return false
+}
+
 // exitHint knows what commands say when something common is missing.
 func exitHint(e *sandbox.ExitError, said string) string {
 	switch {
 	case e.SingleID && wantsOtherID(said):
 		return "the step wants another user ID and only one exists here: give this user a range in /etc/subuid and /etc/subgid and install newuidmap (Debian: package uidmap), or run filo as root"
+	case e.Ground == "chroot" && wantsProc(said):
+		return "steps run in a chroot here, where /proc says nothing of processes: /dev/stdout, /dev/fd, <(…) and /proc/self are missing; `filo info` says what to change in the job for more (>&1 and >&2 work)"
 	case e.Code == 127 && (strings.Contains(said, "\r") || strings.Contains(e.Reason, `\r"`)):
 		return "a script has Windows line ends (\\r\\n); convert it to \\n"
 	case strings.Contains(e.Reason, "/bin/sh") && (strings.Contains(e.Reason, "no such file") || strings.Contains(e.Reason, "not found")):
