@@ -16,6 +16,7 @@ import (
 
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"golang.org/x/sys/unix"
 )
 
 // Blobs are not synced to disk before they are renamed, only before an image
@@ -412,8 +413,13 @@ type blobFile struct {
 	z    io.WriteCloser
 	hash hash.Hash
 	size int64
+	sent int64 // bytes on their way to the disk
 	done bool
 }
+
+// writeBehind is how many bytes of a blob wait to be written to the disk at most. The end of a build, which waits for
+// all of them, need not begin with gigabytes then.
+const writeBehind = 8 << 20
 
 func (s *Store) newBlobFile(dir string, c Compression) (*blobFile, error) {
 	c, err := c.normal()
@@ -439,7 +445,13 @@ func (f writerFunc) Write(p []byte) (int, error) { return f(p) }
 func (b *blobFile) put(p []byte) (int, error) {
 	b.hash.Write(p)
 	b.size += int64(len(p))
-	return b.file.Write(p)
+	n, err := b.file.Write(p)
+	if b.size-b.sent >= writeBehind && err == nil {
+		// Only a hint: it waits for nothing.
+		_ = unix.SyncFileRange(int(b.file.Fd()), b.sent, b.size-b.sent, unix.SYNC_FILE_RANGE_WRITE)
+		b.sent = b.size
+	}
+	return n, err
 }
 
 // Write takes uncompressed bytes.
