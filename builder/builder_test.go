@@ -13,6 +13,8 @@ import (
 	"testing"
 	"time"
 
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
 	"filo/builder/image"
 	"filo/builder/sandbox"
 	"filo/builder/source"
@@ -300,5 +302,32 @@ func TestRunFails(t *testing.T) {
 	var exit *sandbox.ExitError
 	if !errors.As(err, &exit) || exit.Code != 17 {
 		t.Errorf("got %v, want exit code 17", err)
+	}
+}
+
+// TestRunLast makes the blob of a RUN with its layer, if no step follows, or of the tree it left: the same blob.
+func TestRunLast(t *testing.T) {
+	sandboxed(t)
+	b := newBench(t)
+	b.file("a", "text")
+	epoch, c := int64(1_000_000_000), layer.Compression{Algorithm: layer.Gzip}
+	blobOf := func(text string) (d ocispec.Descriptor) {
+		t.Helper()
+		b.state = t.TempDir()
+		err := b.try(text, func(r *Request) { r.Epoch, r.Ships = &epoch, &c }, func(s *layer.Store, img *image.Image) {
+			var err error
+			if d, err = s.Blob(t.Context(), img.Layers[1], c, true); err != nil {
+				t.Fatal(err)
+			}
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return d
+	}
+	const text = "FROM scratch\nCOPY tool /bin/tool\nRUN [\"/bin/tool\", \"write\", \"/out\", \"made\"]\n"
+	last, before := blobOf(text), blobOf(text+"COPY a /a\n")
+	if last.Digest != before.Digest || last.Size != before.Size {
+		t.Errorf("%v as the last step, %v before another", last, before)
 	}
 }

@@ -37,6 +37,7 @@ type runStep struct {
 	op     *dockerfile.Run
 	mounts []mount
 	more   bool // another RUN follows in the stage
+	sinks  layer.Sinks
 }
 
 func (b *build) runKey(r runStep, platform string) runKey {
@@ -93,11 +94,11 @@ func (w *walk) run(ctx context.Context, v *vertex, r runStep, below []layer.Laye
 	if err != nil {
 		return layer.Layer{}, err
 	}
-	return w.execute(ctx, v, p, r.more, below)
+	return w.execute(ctx, v, p, r, below)
 }
 
-// execute runs p on a fresh overlay over below and makes a layer of it; more processes may follow.
-func (w *walk) execute(ctx context.Context, v *vertex, p sandbox.Process, more bool, below []layer.Layer) (layer.Layer, error) {
+// execute runs p, which is the process of r, on a fresh overlay over below and makes a layer of it.
+func (w *walk) execute(ctx context.Context, v *vertex, p sandbox.Process, r runStep, below []layer.Layer) (layer.Layer, error) {
 	var points []layer.MountPoint
 	for _, m := range sandbox.MountPoints(p) {
 		points = append(points, layer.MountPoint{Path: m.Path, Dir: m.Dir})
@@ -115,13 +116,13 @@ func (w *walk) execute(ctx context.Context, v *vertex, p sandbox.Process, more b
 	defer w.jobs.Release(1)
 	p.Root = rootOf(o)
 	ran := v.phase(Running)
-	err = w.runner.Run(ctx, p, more)
+	err = w.runner.Run(ctx, p, r.more)
 	ran()
 	if err != nil {
 		return layer.Layer{}, err
 	}
 	defer v.phase(Snapshoting)()
-	return w.Store.Snapshot(ctx, o, layer.Sinks{Tree: true, Epoch: w.clamp()})
+	return w.Store.Snapshot(ctx, o, r.sinks)
 }
 
 func rootOf(o *layer.Overlay) sandbox.Root {

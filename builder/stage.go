@@ -481,6 +481,17 @@ func (w *walk) sinks(r *stageRun, st dockerfile.Step) layer.Sinks {
 	return layer.Sinks{Blob: w.req.Ships, Epoch: w.clamp()}
 }
 
+// runSinks says where the layer of a RUN goes: it is a tree already, and compressed while later steps run; if none
+// follows, in the same pass over its files.
+func (w *walk) runSinks(r *stageRun) layer.Sinks {
+	sinks := layer.Sinks{Tree: true, Epoch: w.clamp()}
+	last := !slices.ContainsFunc(r.steps[r.next+1:], func(st dockerfile.Step) bool { return st.Op != nil })
+	if last && r.ships && r.stage == w.target {
+		sinks.Blob = w.req.Ships
+	}
+	return sinks
+}
+
 // runs says whether there is a RUN among the steps from one on.
 func (r *stageRun) runs(from int) bool {
 	return slices.ContainsFunc(r.steps[from:], func(st dockerfile.Step) bool {
