@@ -4,8 +4,8 @@ import (
 	"errors"
 	"os"
 	"path"
-	"path/filepath"
 	"strconv"
+	"strings"
 
 	"golang.org/x/sys/unix"
 )
@@ -315,7 +315,13 @@ func (in *inside) mask(empty int) error {
 	}
 	placed := false
 	// When processors get hot, and thereby what others compute.
-	heat, _ := filepath.Glob("/sys/devices/system/cpu/cpu*/thermal_throttle")
+	var heat []string
+	cpus, _ := os.ReadDir("/sys/devices/system/cpu")
+	for _, c := range cpus {
+		if strings.HasPrefix(c.Name(), "cpu") {
+			heat = append(heat, path.Join("/sys/devices/system/cpu", c.Name(), "thermal_throttle"))
+		}
+	}
 	for _, name := range append(hidden[:len(hidden):len(hidden)], heat...) {
 		err := in.cover(name, func(fd int) (int, error) {
 			switch {

@@ -5,7 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"path/filepath"
+	"path"
 	"runtime"
 	"unsafe"
 
@@ -61,7 +61,7 @@ func (b *bounds) oldDevices(dir string) error {
 	b.dirs = append(b.dirs, made)
 	write := func(file, rule string) {
 		if err == nil {
-			err = os.WriteFile(filepath.Join(made, file), []byte(rule), 0)
+			err = os.WriteFile(path.Join(made, file), []byte(rule), 0)
 		}
 	}
 	write("devices.deny", "a")
@@ -81,7 +81,7 @@ func (b *bounds) oldDevices(dir string) error {
 func (b *bounds) devices(dir string) error {
 	made := b.unified
 	if made == "" {
-		made = filepath.Join(dir, cgroupName())
+		made = path.Join(dir, cgroupName())
 		sweepCgroups(dir)
 		if err := os.Mkdir(made, 0o755); err != nil {
 			return err
