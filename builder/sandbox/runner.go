@@ -26,6 +26,7 @@ func (r *Runner) ahead(of role) {
 		return
 	}
 	if c, err := spawn(of); err == nil {
+		c.binding.Go(c.bind)
 		r.idle = append(r.idle, c)
 	}
 }
@@ -41,7 +42,8 @@ func (r *Runner) take(of role) *running {
 		}
 		c := r.idle[i]
 		r.idle = slices.Delete(r.idle, i, i+1)
-		if c.waits() {
+		c.binding.Wait()
+		if c.unbound == nil && c.waits() {
 			return c
 		}
 		c.dismiss()
@@ -64,6 +66,7 @@ func (c *running) waits() bool {
 
 // dismiss ends a child that no process was attached to.
 func (c *running) dismiss() {
+	c.binding.Wait()
 	c.process.Kill()
 	c.process.Wait()
 	c.close()

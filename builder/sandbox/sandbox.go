@@ -24,6 +24,7 @@ import (
 	"reflect"
 	"runtime"
 	"strings"
+	"sync"
 	"syscall"
 
 	"github.com/docker/go-units"
@@ -176,23 +177,24 @@ func (r *Runner) Run(ctx context.Context, p Process, more bool) error {
 	// ends, so this thread has to stay for as long as the child does.
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
-	b, nodes, err := p.bound()
-	if err != nil {
-		return err
-	}
-	defer b.close()
 	c := r.take(roleOf(p))
 	if c == nil {
+		var err error
 		if c, err = spawn(roleOf(p)); err != nil {
 			return &SetupError{Step: "start", Err: refused(err)}
 		}
+		c.bind()
 	}
 	defer c.close()
 	c.attach(p)
+	if c.unbound != nil {
+		c.kill()
+		return c.unbound
+	}
 	stop := context.AfterFunc(ctx, func() { c.process.Kill() })
 	defer stop()
 	// While the child starts, there is time to prepare what it will read.
-	if err := c.instruct(p, b, nodes); err != nil {
+	if err := c.instruct(p); err != nil {
 		c.kill()
 		return err
 	}
@@ -212,7 +214,7 @@ func (r *Runner) Run(ctx context.Context, p Process, more bool) error {
 	case !started:
 		return &SetupError{Step: "start", Err: fmt.Errorf("child ended early: %s", state)}
 	}
-	return c.written(b.explain(p, exitError(p.Args, state.Sys().(syscall.WaitStatus))))
+	return c.written(c.bounds.explain(p, exitError(p.Args, state.Sys().(syscall.WaitStatus))))
 }
 
 // running is a started child and this side of its pipes.
@@ -223,6 +225,11 @@ type running struct {
 	report  *os.File // set-up errors come out here, then end of file at exec
 	status  *os.File // on the chroot ground, how the process ended
 	outputs []*output
+
+	bounds  *bounds // it is in these cgroups
+	nodes   bool    // see [Process.bound]
+	unbound error   // why it is not
+	binding sync.WaitGroup
 }
 
 // role is what has to be known of a process when its child starts.
@@ -231,13 +238,15 @@ type role struct {
 	offline  bool
 	out, err bool // has an output of its own
 	joint    bool // standard error goes where standard output goes
+	limits   Limits
+	insecure bool
 }
 
 func roleOf(p Process) role {
 	joint := same(p.Stdout, p.Stderr)
 	return role{
 		keeper: p.Ground.Name == groundChroot, offline: p.Network == NetworkNone,
-		out: p.Stdout != nil, err: p.Stderr != nil && !joint, joint: joint,
+		out: p.Stdout != nil, err: p.Stderr != nil && !joint, joint: joint, limits: p.Limits, insecure: p.Insecure,
 	}
 }
 
@@ -283,6 +292,20 @@ func spawn(r role) (*running, error) {
 		return nil, err
 	}
 	return c, nil
+}
+
+// bind puts the child into the cgroups of its role, which takes the kernel longer than all else about a short step.
+func (c *running) bind() {
+	c.bounds, c.nodes, c.unbound = Process{Limits: c.role.limits, Insecure: c.role.insecure}.bound()
+	if c.unbound != nil {
+		return
+	}
+	err := c.bounds.put(c.process.Pid)
+	if err != nil && c.role.limits != (Limits{}) {
+		c.unbound = &SetupError{Step: "limit", Err: err}
+	} else if err != nil {
+		c.nodes = false
+	}
 }
 
 // attach lets what the child prints go where p wants it.
@@ -336,17 +359,12 @@ func (t *theirs) close() {
 	}
 }
 
-func (c *running) instruct(p Process, b *bounds, nodes bool) error {
+func (c *running) instruct(p Process) error {
 	h, err := prepare(p)
 	if err != nil {
 		return err
 	}
-	if err := b.put(c.process.Pid); err != nil && p.Limits != (Limits{}) {
-		return &SetupError{Step: "limit", Err: err}
-	} else if err != nil {
-		nodes = false
-	}
-	h.Version1, h.NoDevices = b.version1(), !nodes
+	h.Version1, h.NoDevices = c.bounds.version1(), !c.nodes
 	// A child that dies before it has read all says why on its report.
 	_ = h.send(c.order)
 	return nil
@@ -395,6 +413,7 @@ func (c *running) close() {
 	for _, o := range c.outputs {
 		o.from.Close()
 	}
+	c.bounds.close()
 }
 
 // same reports whether two writers are one; writers of types that cannot be
