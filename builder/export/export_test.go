@@ -4,6 +4,7 @@ import (
 	"archive/tar"
 	"bytes"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"log"
@@ -912,7 +913,7 @@ func TestFailureLeavesNothing(t *testing.T) {
 		t.Fatal(err)
 	}
 	data[len(data)/2] ^= 1
-	if err := os.WriteFile(l, data, 0o644); err != nil {
+	if err := errors.Join(os.Chmod(l, 0o644), os.WriteFile(l, data, 0o644), os.Chmod(l, 0o444)); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := e.try(t, "type=oci,dest="+out, Result{Descriptor: &x.Descriptor}); err == nil {
