@@ -16,7 +16,7 @@ import (
 func repairing(t *testing.T, dir string) (*Store, *[]string) {
 	t.Helper()
 	var told []string
-	s, err := Open(dir, Options{Repaired: func(what string) { told = append(told, what) }})
+	s, err := Open(dir, Options{SingleID: !realRoot(), Repaired: func(what string) { told = append(told, what) }})
 	if err != nil {
 		t.Fatal(err)
 	}
