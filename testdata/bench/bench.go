@@ -11,12 +11,14 @@ package main
 
 import (
 	"cmp"
+	"context"
 	"errors"
 	"flag"
 	"fmt"
 	"io"
 	"os"
 	"os/exec"
+	"os/signal"
 	"path/filepath"
 	"regexp"
 	"slices"
@@ -89,9 +91,11 @@ func run(o options) (err error) {
 			err = errors.Join(err, b.stop())
 		}
 	}()
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
+	defer stop()
 	var t table
 	for _, w := range works() {
-		if !o.only.MatchString(w.name) {
+		if !o.only.MatchString(w.name) || ctx.Err() != nil {
 			continue
 		}
 		fmt.Fprintf(os.Stderr, "%s: making inputs\n", w.name)
@@ -99,7 +103,7 @@ func run(o options) (err error) {
 		if err != nil {
 			return fmt.Errorf("%s: make inputs: %w", w.name, err)
 		}
-		t.measure(w, job, all, scratch)
+		t.measure(ctx, w, job, all, scratch)
 	}
 	t.print(o, all)
 	return nil
@@ -142,8 +146,9 @@ func (t *table) line(name string) *line {
 	return l
 }
 
-// measure lets all builders do the work in turn, rounds times.
-func (t *table) measure(w work, j *job, all []contender, scratch string) {
+// measure lets all builders do the work in turn, each as often as it is to. An interrupt ends it, and what was measured
+// until then counts.
+func (t *table) measure(ctx context.Context, w work, j *job, all []contender, scratch string) {
 	for _, c := range w.cases {
 		l := t.line(w.name + " " + c)
 		l.wanted = w.wanted[c]
@@ -154,7 +159,7 @@ func (t *table) measure(w work, j *job, all []contender, scratch string) {
 	broken := map[string]bool{}
 	for round := range all[0].rounds {
 		for i, b := range all {
-			if broken[b.name()] || round >= b.rounds || w.alone && (i > 0 || round > 0) {
+			if broken[b.name()] || round >= b.rounds || w.alone && (i > 0 || round > 0) || ctx.Err() != nil {
 				continue
 			}
 			fmt.Fprintf(os.Stderr, "%s: round %d: %s\n", w.name, round+1, b.name())
