@@ -557,9 +557,39 @@ func TestRetryAfterForms(t *testing.T) {
 	}
 }
 
+// A server that takes a request and says nothing is asked again; the end of the caller's patience is the end.
+func TestLateHeaders(t *testing.T) {
+	var mu sync.Mutex
+	asked := 0
+	release := make(chan struct{})
+	srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		mu.Lock()
+		asked++
+		first := asked == 1
+		mu.Unlock()
+		if first {
+			<-release
+		}
+	}))
+	t.Cleanup(srv.Close)
+	t.Cleanup(func() { close(release) })
+	transport := http.DefaultTransport.(*http.Transport).Clone()
+	transport.ResponseHeaderTimeout = 100 * time.Millisecond
+	_, err := (&http.Client{Transport: transport}).Get(srv.URL)
+	if err == nil || !broken(err) {
+		t.Errorf("%v is not tried again", err)
+	}
+	ctx, cancel := context.WithDeadline(t.Context(), time.Now())
+	defer cancel()
+	<-ctx.Done()
+	if broken(ctx.Err()) {
+		t.Errorf("%v is tried again", ctx.Err())
+	}
+}
+
 // A transfer that stands still is taken up again on another connection.
 func TestStandstill(t *testing.T) {
-	data := bytes.Repeat([]byte("0123456789abcdef"), 1<<18)
+	data := bytes.Repeat([]byte("0123456789abcdef"), 1<<21) // more than the buffers of a connection take
 	k := &keeping{}
 	var mu sync.Mutex
 	still := map[string]bool{http.MethodPut: true, http.MethodGet: true} // the first of each

@@ -162,7 +162,8 @@ func rewound(req *http.Request) (*http.Request, error) {
 // broken reports whether a connection that existed broke. One that was refused is not tried again: for a
 // mirror that is down the origin is asked at once.
 func broken(err error) bool {
-	if errors.Is(err, errStalled) {
+	const late = "timeout awaiting response headers" // of the transport, for errors.Is a deadline like that of a context
+	if errors.Is(err, errStalled) || strings.Contains(err.Error(), late) {
 		return true
 	}
 	if errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded) {
@@ -173,7 +174,7 @@ func broken(err error) bool {
 	}
 	// The errno values are system calls' business, which this room has none of.
 	s := err.Error()
-	for _, sign := range []string{"connection reset by peer", "broken pipe", "http2: server sent GOAWAY", "stream error:", "use of closed network connection", "server closed idle connection", "timeout awaiting response headers"} {
+	for _, sign := range []string{"connection reset by peer", "broken pipe", "http2: server sent GOAWAY", "stream error:", "use of closed network connection", "server closed idle connection"} {
 		if strings.Contains(s, sign) {
 			return true
 		}
