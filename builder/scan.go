@@ -147,7 +147,7 @@ func (w *walk) scanWith(ctx context.Context, s attest.Scanner, extras []extra) (
 	if len(run.Args) == 0 {
 		return nil, errors.New("its image has neither ENTRYPOINT nor CMD")
 	}
-	r.layers = img.Layers
+	r.layers, r.chain = img.Layers, layer.ChainID(img.Layers)
 	step := func(op dockerfile.Op) dockerfile.Step {
 		return dockerfile.Step{Start: w.target.Line, End: w.target.Line, Op: op}
 	}
