@@ -24,6 +24,7 @@ import (
 	"filo/builder/attest"
 	"filo/builder/image"
 	"filo/builder/sandbox"
+	"filo/builder/sandbox/seccomp"
 	"filo/builder/sbom"
 	"filo/cache"
 	"filo/dockerfile"
@@ -186,7 +187,7 @@ func (b *Builder) Build(ctx context.Context, req Request) (Result, error) {
 	if jobs == 0 {
 		jobs = 4 * runtime.GOMAXPROCS(0)
 	}
-	bd := &build{Builder: b, req: req, jobs: semaphore.NewWeighted(int64(jobs)), bases: newOnce[baseKey, *image.Image](), files: newOnce[string, *cache.Files](), steps: newOnce[cache.Key, memory]()}
+	bd := &build{Builder: b, req: req, runner: sandbox.Runner{Filter: seccomp.Docker}, jobs: semaphore.NewWeighted(int64(jobs)), bases: newOnce[baseKey, *image.Image](), files: newOnce[string, *cache.Files](), steps: newOnce[cache.Key, memory]()}
 	defer bd.runner.Close()
 	return bd.run(ctx)
 }

@@ -10,7 +10,7 @@ func BenchmarkRunTrue(b *testing.B) {
 	box := newBox(b)
 	p := box.process("exit", "0")
 	for b.Loop() {
-		if err := Run(b.Context(), p); err != nil {
+		if err := run(b.Context(), p); err != nil {
 			b.Fatal(err)
 		}
 		os.RemoveAll(box.root.Work + "/work")

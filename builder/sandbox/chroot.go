@@ -12,7 +12,6 @@ import (
 	"sync/atomic"
 	"syscall"
 
-	"github.com/moby/sys/capability"
 	"golang.org/x/sys/unix"
 )
 
@@ -39,10 +38,8 @@ func chrootWorks() error {
 	if os.Geteuid() != 0 {
 		return errors.New("not running as root")
 	}
-	for _, c := range []capability.Cap{capability.CAP_SYS_CHROOT, capability.CAP_MKNOD} {
-		if !has(c) {
-			return fmt.Errorf("capability %s is missing (docker run --cap-add %[1]s, or without --cap-drop)", capName(c))
-		}
+	if name := lacking(unix.CAP_SYS_CHROOT, unix.CAP_MKNOD); name != "" {
+		return fmt.Errorf("capability %s is missing (docker run --cap-add %[1]s, or without --cap-drop)", name)
 	}
 	if inUserNamespace() {
 		return errors.New("devices cannot be made in a user namespace, and a step needs /dev/null")
@@ -65,8 +62,8 @@ func inUserNamespace() bool {
 }
 
 // runChroot is Run on the ground "chroot".
-func runChroot(ctx context.Context, p Process) (err error) {
-	h, err := prepare(p)
+func (r *Runner) runChroot(ctx context.Context, p Process) (err error) {
+	h, err := r.prepare(p)
 	if err != nil {
 		return err
 	}

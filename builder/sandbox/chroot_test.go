@@ -237,7 +237,7 @@ func TestChrootShares(t *testing.T) {
 	for i := range 8 {
 		b := newStall(t, mounts...)
 		go func() {
-			done <- Run(b.Context(), b.act(mounts, "write", fmt.Sprintf("/c/%d", i), "x"))
+			done <- run(b.Context(), b.act(mounts, "write", fmt.Sprintf("/c/%d", i), "x"))
 		}()
 	}
 	for range 8 {
@@ -268,7 +268,7 @@ func TestChrootEndsDescendants(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), 300*time.Millisecond)
 	defer cancel()
 	p := b.act(nil, "orphans", nap, "wait")
-	if err := Run(ctx, p); !errors.Is(err, context.DeadlineExceeded) {
+	if err := run(ctx, p); !errors.Is(err, context.DeadlineExceeded) {
 		t.Errorf("Run: %v", err)
 	}
 	if n := running0(nap); n > 0 {

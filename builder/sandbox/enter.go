@@ -1,19 +1,18 @@
 package sandbox
 
 import (
-	"bytes"
-	"encoding/gob"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"os/signal"
+	"reflect"
 	"runtime"
 	"slices"
 	"strconv"
 	"strings"
 	"syscall"
 
-	"github.com/moby/sys/capability"
 	"golang.org/x/sys/unix"
 )
 
@@ -42,14 +41,6 @@ const (
 // signals on and ends as the second does. Where nothing works, auto gives the
 // ground "none": what needs no process can still be built there.
 func Enter(isolation string) (Ground, error) {
-	g, err := enter(isolation)
-	if err == nil && abis(runtime.GOARCH) == nil {
-		g.Reason += "; no seccomp filter on " + runtime.GOARCH
-	}
-	return g, err
-}
-
-func enter(isolation string) (Ground, error) {
 	if fd, ok := entered(); ok {
 		return arrive(fd, isolation)
 	}
@@ -62,7 +53,7 @@ func enter(isolation string) (Ground, error) {
 		noUser := descend()
 		g := Ground{
 			Name:     groundChroot,
-			SingleID: singleID() || !has(capability.CAP_CHOWN),
+			SingleID: singleID() || !has(unix.CAP_CHOWN),
 			Reason:   fmt.Sprintf("root: %v; rootless: %v", noRoot, noUser),
 		}
 		if err := chrootWorks(); err != nil {
@@ -81,7 +72,7 @@ func enter(isolation string) (Ground, error) {
 		if err := chrootWorks(); err != nil {
 			return Ground{}, fmt.Errorf("isolation chroot: %w", err)
 		}
-		return Ground{Name: groundChroot, SingleID: singleID() || !has(capability.CAP_CHOWN), Reason: "asked for"}, nil
+		return Ground{Name: groundChroot, SingleID: singleID() || !has(unix.CAP_CHOWN), Reason: "asked for"}, nil
 	}
 	return Ground{}, fmt.Errorf("isolation %q: not one of auto, root, rootless, chroot", isolation)
 }
@@ -91,7 +82,7 @@ func rootWorks() error {
 	if os.Geteuid() != 0 {
 		return errors.New("not running as root")
 	}
-	if !has(capability.CAP_SYS_ADMIN) {
+	if !has(unix.CAP_SYS_ADMIN) {
 		return errors.New("capability SYS_ADMIN is missing (docker run --cap-add SYS_ADMIN --security-opt apparmor=unconfined)")
 	}
 	if chrooted() {
@@ -119,7 +110,7 @@ func chrooted() bool {
 	return err == nil && st.Attributes_mask&unix.STATX_ATTR_MOUNT_ROOT != 0 && st.Attributes&unix.STATX_ATTR_MOUNT_ROOT == 0
 }
 
-func has(c capability.Cap) bool {
+func has(c uintptr) bool {
 	var data [2]unix.CapUserData
 	hdr := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
 	if unix.Capget(&hdr, &data[0]) != nil {
@@ -271,11 +262,7 @@ func (m idMap) enter(better error) (*entering, error) {
 	if better != nil {
 		g.Reason += " (" + better.Error() + ")"
 	}
-	msg := bytes.NewBuffer([]byte{starting})
-	if err := gob.NewEncoder(msg).Encode(g); err != nil {
-		return nil, err
-	}
-	if _, err := w.Write(msg.Bytes()); err != nil {
+	if _, err := w.Write(encode([]byte{starting}, reflect.ValueOf(g))); err != nil {
 		return nil, err
 	}
 	return c, nil
@@ -294,10 +281,10 @@ func everyCapability() (caps []uintptr) {
 // accompany passes signals on until the process ends, and ends likewise. It returns if the
 // process found that it cannot mount.
 func (c *entering) accompany() error {
-	signals := make(chan os.Signal, 16)
-	signal.Notify(signals, unix.SIGINT, unix.SIGTERM, unix.SIGHUP, unix.SIGQUIT, unix.SIGUSR1, unix.SIGUSR2)
+	sent := make(chan os.Signal, 16)
+	signal.Notify(sent, unix.SIGINT, unix.SIGTERM, unix.SIGHUP, unix.SIGQUIT, unix.SIGUSR1, unix.SIGUSR2)
 	go func() {
-		for s := range signals {
+		for s := range sent {
 			if (s == unix.SIGINT || s == unix.SIGQUIT) && foreground() {
 				continue // the terminal has sent it to both of us
 			}
@@ -372,10 +359,14 @@ func arrive(fd int, isolation string) (Ground, error) {
 	f := os.NewFile(uintptr(fd), "ground")
 	defer f.Close()
 	var g Ground
-	if err := gob.NewDecoder(f).Decode(&g); err != nil {
+	b, err := io.ReadAll(f)
+	if err == nil {
+		_, err = decode(b, reflect.ValueOf(&g))
+	}
+	if err != nil {
 		return Ground{}, fmt.Errorf("read ground: %w", err)
 	}
-	err := mountsWork()
+	err = mountsWork()
 	if err == nil {
 		return g, nil
 	}

@@ -47,13 +47,13 @@ func entersMain(how string) {
 		b := &box{root: Root{Dir: os.Getenv(boxEnv)}}
 		p := b.act(nil, "orphans", os.Getenv(napEnv), "wait")
 		p.Stdout = os.Stdout
-		fmt.Println(Run(context.Background(), p))
+		fmt.Println(run(context.Background(), p))
 	case "run":
 		dir := os.Getenv(boxEnv)
 		b := &box{dir: dir, root: Root{Lower: []string{dir + "/top", dir + "/base"}, Upper: dir + "/upper", Work: dir + "/work"}}
 		p := b.process("sleep")
 		p.Stdout = os.Stdout
-		fmt.Println(Run(context.Background(), p))
+		fmt.Println(run(context.Background(), p))
 	}
 	os.Exit(0)
 }

@@ -1,17 +1,17 @@
 package sandbox
 
 import (
-	"bufio"
 	"bytes"
-	"encoding/gob"
+	"encoding/binary"
 	"fmt"
 	"io"
 	"os"
 	"path"
+	"reflect"
 	"strings"
 	"syscall"
 
-	"github.com/moby/sys/capability"
+	"golang.org/x/sys/unix"
 )
 
 const (
@@ -32,7 +32,7 @@ type handover struct {
 }
 
 // prepare fills in the defaults of p and packs it for the child.
-func prepare(p Process) (*handover, error) {
+func (r *Runner) prepare(p Process) (*handover, error) {
 	fail := func(step string, err error) (*handover, error) {
 		return nil, &SetupError{Step: step, Err: err}
 	}
@@ -56,9 +56,9 @@ func prepare(p Process) (*handover, error) {
 	var filter []byte
 	// Without the capability, a filter would keep set-user-ID programs from
 	// working; then the one that filo itself runs under has to do.
-	if !p.Insecure && (p.Ground.Name != groundChroot || has(capability.CAP_SYS_ADMIN)) {
+	if !p.Insecure && (p.Ground.Name != groundChroot || has(unix.CAP_SYS_ADMIN)) {
 		shared := (p.Network == "" || p.Network == NetworkDefault) && p.Ground.Name != groundChroot && !inUserNamespace()
-		if filter, err = seccompFilter(shared); err != nil {
+		if filter, err = r.filter(shared); err != nil {
 			return fail("compile seccomp filter", err)
 		}
 	}
@@ -152,18 +152,29 @@ func (h *handover) send(w *os.File) error {
 	return h.write(w)
 }
 
+// lengthSize is the size of the length before the handover.
+const lengthSize = 8
+
 func (h *handover) write(w io.Writer) error {
-	b := bufio.NewWriter(w)
-	if err := gob.NewEncoder(b).Encode(h); err != nil {
-		return err
-	}
-	return b.Flush()
+	b := encode(make([]byte, lengthSize), reflect.ValueOf(h))
+	binary.NativeEndian.PutUint64(b, uint64(len(b)-lengthSize))
+	_, err := w.Write(b)
+	return err
 }
 
 // receive is the child's half of send.
 func receive(r io.Reader) (*handover, error) {
+	length := make([]byte, lengthSize)
+	if _, err := io.ReadFull(r, length); err != nil {
+		return nil, err
+	}
+	b := make([]byte, binary.NativeEndian.Uint64(length))
+	if _, err := io.ReadFull(r, b); err != nil {
+		return nil, err
+	}
 	h := &handover{}
-	return h, gob.NewDecoder(bufio.NewReader(r)).Decode(h)
+	_, err := decode(b, reflect.ValueOf(h))
+	return h, err
 }
 
 // report is what a child says when it cannot become the process.
@@ -190,7 +201,7 @@ func readReport(r io.Reader) (started bool, failure *report) {
 		return started, nil
 	}
 	failure = &report{}
-	if err := gob.NewDecoder(bytes.NewReader(all)).Decode(failure); err != nil {
+	if _, err := decode(all, reflect.ValueOf(failure)); err != nil {
 		return false, nil
 	}
 	return started, failure

@@ -406,7 +406,7 @@ func TestDockersTables(t *testing.T) {
 	if got := sorted(frozen[:]); !slices.Equal(got, dockerFreezes) {
 		t.Errorf("frozen: %q, want %q", got, dockerFreezes)
 	}
-	if got := setOf(defaultCapabilities[:]...); got != dockerMask {
+	if got := defaultSet(); got != dockerMask {
 		t.Errorf("capabilities %x, want %x", got, dockerMask)
 	}
 }

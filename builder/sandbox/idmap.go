@@ -11,7 +11,7 @@ import (
 	"strconv"
 	"strings"
 
-	"github.com/moby/sys/capability"
+	"golang.org/x/sys/unix"
 )
 
 // idRange is a line of a map: count IDs from inside on are those from outside
@@ -39,10 +39,8 @@ func idMaps() []idMap {
 // ownMap keeps all IDs as they are: what a container's root may do without
 // any helper.
 func ownMap() idMap {
-	for _, c := range []capability.Cap{capability.CAP_SETUID, capability.CAP_SETGID, capability.CAP_SETFCAP} {
-		if !has(c) {
-			return idMap{err: fmt.Errorf("capability %s is missing, so root cannot map IDs (docker run --cap-add %[1]s)", strings.ToUpper(c.String()))}
-		}
+	if name := lacking(unix.CAP_SETUID, unix.CAP_SETGID, unix.CAP_SETFCAP); name != "" {
+		return idMap{err: fmt.Errorf("capability %s is missing, so root cannot map IDs (docker run --cap-add %[1]s)", name)}
 	}
 	m := idMap{how: "own capabilities map all IDs"}
 	if m.uid, m.err = sameIDs("/proc/self/uid_map"); m.err != nil {

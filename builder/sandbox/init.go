@@ -1,30 +1,29 @@
 package sandbox
 
 import (
-	"bytes"
 	"cmp"
-	"encoding/gob"
 	"errors"
 	"fmt"
 	"math"
 	"os"
-	"os/signal"
+	"reflect"
 	"runtime"
 	"strconv"
 	"syscall"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 )
 
-// init is where a child of [Run] or [Enter] leaves the road of the program that
+// init is where a child of [Runner.Run] or [Enter] leaves the road of the program that
 // it is started from. It does so here rather than in main because Go
 // initializes packages that are ready in the order of their paths: most of the
 // program's others come later, and take longer than all that a child has to do.
 // That holds as long as this package imports few that are slow or late, such as
-// os/exec, os/user, path/filepath, net and regexp. TestFirst sees to it.
+// encoding/gob, os/exec, os/user, net and regexp. TestFirst sees to it.
 func init() { begun() }
 
-// begun ends a child started by [Run] as the process of its sandbox, and makes
+// begun ends a child started by [Runner.Run] as the process of its sandbox, and makes
 // one started by [Enter] wait until its user namespace is ready. In other
 // processes it does nothing.
 func begun() {
@@ -244,10 +243,13 @@ func overmounted(root int) (bool, error) {
 }
 
 // heedSignals undoes that filo was started deaf to these, by nohup or in the
-// background of a script: a caught signal is back at its default once the
-// process executes.
+// background of a script. What Go catches is back at its default once the
+// process executes, what is ignored is not.
 func heedSignals() {
-	signal.Notify(make(chan os.Signal, 1), unix.SIGHUP, unix.SIGINT, unix.SIGQUIT)
+	var byDefault [4]uint64 // struct sigaction of the kernel: SIG_DFL, no flags, no mask
+	for _, s := range []syscall.Signal{unix.SIGHUP, unix.SIGINT, unix.SIGQUIT} {
+		unix.RawSyscall6(unix.SYS_RT_SIGACTION, uintptr(s), uintptr(unsafe.Pointer(&byDefault)), 0, 8, 0, 0)
+	}
 }
 
 // giveOutput lets the user open /dev/stdout and /dev/stderr, which are pipes of
@@ -312,8 +314,5 @@ func tell(err error) {
 		r.Code = x.code
 	}
 	errors.As(err, &r.Errno)
-	var b bytes.Buffer
-	if gob.NewEncoder(&b).Encode(r) == nil {
-		syscall.Write(reportFD, b.Bytes())
-	}
+	syscall.Write(reportFD, encode(nil, reflect.ValueOf(r)))
 }

@@ -9,32 +9,35 @@ import (
 	"syscall"
 	"unsafe"
 
-	"github.com/moby/sys/capability"
 	"golang.org/x/sys/unix"
 )
 
 // defaultCapabilities are Docker's: mask a80425fb.
-var defaultCapabilities = [...]capability.Cap{
-	capability.CAP_CHOWN,
-	capability.CAP_DAC_OVERRIDE,
-	capability.CAP_FOWNER,
-	capability.CAP_FSETID,
-	capability.CAP_KILL,
-	capability.CAP_SETGID,
-	capability.CAP_SETUID,
-	capability.CAP_SETPCAP,
-	capability.CAP_NET_BIND_SERVICE,
-	capability.CAP_NET_RAW,
-	capability.CAP_SYS_CHROOT,
-	capability.CAP_MKNOD,
-	capability.CAP_AUDIT_WRITE,
-	capability.CAP_SETFCAP,
+var defaultCapabilities = [...]struct {
+	number uintptr
+	name   string // as Docker's flags say it
+}{
+	{unix.CAP_CHOWN, "CHOWN"},
+	{unix.CAP_DAC_OVERRIDE, "DAC_OVERRIDE"},
+	{unix.CAP_FOWNER, "FOWNER"},
+	{unix.CAP_FSETID, "FSETID"},
+	{unix.CAP_KILL, "KILL"},
+	{unix.CAP_SETGID, "SETGID"},
+	{unix.CAP_SETUID, "SETUID"},
+	{unix.CAP_SETPCAP, "SETPCAP"},
+	{unix.CAP_NET_BIND_SERVICE, "NET_BIND_SERVICE"},
+	{unix.CAP_NET_RAW, "NET_RAW"},
+	{unix.CAP_SYS_CHROOT, "SYS_CHROOT"},
+	{unix.CAP_MKNOD, "MKNOD"},
+	{unix.CAP_AUDIT_WRITE, "AUDIT_WRITE"},
+	{unix.CAP_SETFCAP, "SETFCAP"},
 }
 
+// defaultCapabilityNames are those of the kernel.
 func defaultCapabilityNames() []string {
 	var names []string
 	for _, c := range defaultCapabilities {
-		names = append(names, "CAP_"+strings.ToUpper(c.String()))
+		names = append(names, "CAP_"+c.name)
 	}
 	return names
 }
@@ -42,9 +45,9 @@ func defaultCapabilityNames() []string {
 // capabilities is a set as the kernel passes it.
 type capabilities uint64
 
-func setOf(caps ...capability.Cap) (s capabilities) {
-	for _, c := range caps {
-		s |= 1 << c
+func defaultSet() (s capabilities) {
+	for _, c := range defaultCapabilities {
+		s |= 1 << c.number
 	}
 	return s
 }
@@ -67,7 +70,7 @@ func dropPowers(p Process, filter []byte) error {
 		return at("read capabilities", err)
 	}
 	if !p.Insecure {
-		keep &= setOf(defaultCapabilities[:]...)
+		keep &= defaultSet()
 		if err := dropBounding(keep); err != nil && !(p.Ground.Name == groundChroot && errors.Is(err, unix.EPERM)) {
 			return at("drop capabilities", err)
 		}
@@ -117,8 +120,16 @@ func setgroupsDenied() bool {
 	return strings.TrimSpace(string(b)) == "deny"
 }
 
-// capName is a capability as Docker's flags say it.
-func capName(c capability.Cap) string { return strings.ToUpper(c.String()) }
+// lacking returns the name of the first of these capabilities that this process has not, "" if it has them. They are all
+// among the default ones.
+func lacking(numbers ...uintptr) string {
+	for _, c := range defaultCapabilities {
+		if slices.Contains(numbers, c.number) && !has(c.number) {
+			return c.name
+		}
+	}
+	return ""
+}
 
 func noSuchID(err syscall.Errno) error {
 	if err != unix.EINVAL {

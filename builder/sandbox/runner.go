@@ -10,11 +10,40 @@ import (
 
 // Runner runs processes one after the other or side by side, and starts
 // children ahead of the processes that they become: to start one takes longer
-// than all else about a short step. The zero value is ready. Close ends those
-// that nobody needed.
+// than all else about a short step. Close ends those that nobody needed.
 type Runner struct {
+	// Filter compiles the seccomp filter of processes with these capabilities, named like CAP_CHOWN, as seccomp(2) takes
+	// it; see package seccomp, which has Docker's. shared says that they are in the machine's network. Without it only
+	// insecure processes can run.
+	Filter func(capabilities []string, shared bool) ([]byte, error)
+
 	mu   sync.Mutex
 	idle []*running
+
+	compiling sync.Mutex
+	filters   map[bool][]byte
+}
+
+// filter returns the filter for a process that shares the machine's network, or not. It is made once.
+func (r *Runner) filter(shared bool) ([]byte, error) {
+	if r.Filter == nil {
+		return nil, errors.New("there is none")
+	}
+	r.compiling.Lock()
+	defer r.compiling.Unlock()
+	f, ok := r.filters[shared]
+	if ok {
+		return f, nil
+	}
+	f, err := r.Filter(defaultCapabilityNames(), shared)
+	if err != nil {
+		return nil, err
+	}
+	if r.filters == nil {
+		r.filters = map[bool][]byte{}
+	}
+	r.filters[shared] = f
+	return f, nil
 }
 
 // ahead starts a child for a process that is likely to come. That it cannot is

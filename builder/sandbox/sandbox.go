@@ -9,9 +9,8 @@
 //
 // Start at [Runner.Run], the parent's half: it starts this program again, hands
 // the process over through a pipe and waits. The child's half is [become] in init.go:
-// it mounts (mount.go, dev.go, target.go), pivots, drops powers (powers.go,
-// seccomp.go) and executes (exec.go). What the two say to each other is in
-// handover.go. [Enter] (enter.go, idmap.go) finds the ground before any of
+// it mounts (mount.go, dev.go, target.go), pivots, drops powers (powers.go)
+// and executes (exec.go). What the two say to each other is in handover.go. [Enter] (enter.go, idmap.go) finds the ground before any of
 // this: root as it is, a user namespace in which filo is root, or a container
 // where nothing but chroot works (chroot.go, scene.go).
 package sandbox
@@ -26,8 +25,6 @@ import (
 	"strings"
 	"sync"
 	"syscall"
-
-	"github.com/docker/go-units"
 )
 
 // Root is a stack of unpacked trees shown as one filesystem, or a directory that holds it already.
@@ -123,10 +120,13 @@ func (e *ExitError) Error() string {
 		s += ": " + e.Reason
 	}
 	if e.OutOfMemory {
-		s += fmt.Sprintf(": killed, out of memory: the limit is %s, %s were used (--memory)", units.BytesSize(float64(e.Memory)), units.BytesSize(float64(e.Peak)))
+		s += fmt.Sprintf(": killed, out of memory: the limit is %s, %s were used (--memory)", mebibytes(e.Memory), mebibytes(e.Peak))
 	}
 	return s
 }
+
+// mebibytes is a size as people read it.
+func mebibytes(n int64) string { return fmt.Sprintf("%.4gMiB", float64(n)/(1<<20)) }
 
 // SetupError says that the sandbox could not be made; the process never ran.
 type SetupError struct {
@@ -139,7 +139,7 @@ func (e *SetupError) Error() string { return "set up sandbox: " + e.Step + ": " 
 // Unwrap returns the cause.
 func (e *SetupError) Unwrap() error { return e.Err }
 
-// MountPoint is a path that must exist in a root before [Run].
+// MountPoint is a path that must exist in a root before [Runner.Run].
 type MountPoint struct {
 	Path string // absolute in the root, symlinks not resolved
 	Dir  bool
@@ -147,13 +147,10 @@ type MountPoint struct {
 
 // Ground is what isolation this process found.
 type Ground struct {
-	Name     string // "root", "rootless", "chroot", or "none": [Run] will not work here
+	Name     string // "root", "rootless", "chroot", or "none": [Runner.Run] will not work here
 	SingleID bool   // only one user ID exists: ownership cannot be put on disk
 	Reason   string // why this ground and not a better one
 }
-
-// Run is [Runner.Run] of one process.
-func Run(ctx context.Context, p Process) error { return new(Runner).Run(ctx, p, false) }
 
 // Run runs p and waits for it. It returns nil if the process exited with 0,
 // *[ExitError] if it did not, *[SetupError] if it could not be started, and
@@ -171,7 +168,7 @@ func (r *Runner) Run(ctx context.Context, p Process, more bool) error {
 	case groundNone:
 		return &SetupError{Step: "start", Err: fmt.Errorf("steps cannot run here: %s", p.Ground.Reason)}
 	case groundChroot:
-		return runChroot(ctx, p)
+		return r.runChroot(ctx, p)
 	}
 	// The kernel sends the death signal when the thread that made the child
 	// ends, so this thread has to stay for as long as the child does.
@@ -194,10 +191,12 @@ func (r *Runner) Run(ctx context.Context, p Process, more bool) error {
 	stop := context.AfterFunc(ctx, func() { c.process.Kill() })
 	defer stop()
 	// While the child starts, there is time to prepare what it will read.
-	if err := c.instruct(p); err != nil {
+	h, err := r.prepare(p)
+	if err != nil {
 		c.kill()
 		return err
 	}
+	c.instruct(h)
 	if more {
 		r.ahead(roleOf(p))
 	}
@@ -359,15 +358,11 @@ func (t *theirs) close() {
 	}
 }
 
-func (c *running) instruct(p Process) error {
-	h, err := prepare(p)
-	if err != nil {
-		return err
-	}
+// instruct sends the child its order.
+func (c *running) instruct(h *handover) {
 	h.Version1, h.NoDevices = c.bounds.version1(), !c.nodes
 	// A child that dies before it has read all says why on its report.
 	_ = h.send(c.order)
-	return nil
 }
 
 // attributes are those of a child. A keeper outlives filo, to end what it keeps.

@@ -17,6 +17,8 @@ import (
 	"testing"
 	"time"
 
+	"filo/builder/sandbox/seccomp"
+
 	"golang.org/x/sys/unix"
 )
 
@@ -346,7 +348,7 @@ func (b *box) run(p Process) (string, error) {
 	b.Helper()
 	var out bytes.Buffer
 	p.Stdout, p.Stderr = &out, &out
-	err := Run(b.Context(), p)
+	err := run(b.Context(), p)
 	// The overlay is volatile: an upper can be used a second time only when
 	// this is taken away.
 	os.RemoveAll(filepath.Join(b.root.Work, "work"))
@@ -824,10 +826,10 @@ func TestRunCancel(t *testing.T) {
 		cancel(cause)
 		return len(b), nil
 	})
-	if err := Run(ctx, p); !errors.Is(err, cause) {
+	if err := run(ctx, p); !errors.Is(err, cause) {
 		t.Errorf("got %v, want %v", err, cause)
 	}
-	if err := Run(ctx, p); !errors.Is(err, context.Canceled) {
+	if err := run(ctx, p); !errors.Is(err, context.Canceled) {
 		t.Errorf("cancelled before: %v", err)
 	}
 }
@@ -845,7 +847,7 @@ func TestRunKilled(t *testing.T) {
 		return len(b), nil
 	})
 	done := make(chan error)
-	go func() { done <- Run(t.Context(), p) }()
+	go func() { done <- run(t.Context(), p) }()
 	<-started
 	for _, pid := range children(t, os.Getpid()) {
 		syscall.Kill(pid, syscall.SIGKILL)
@@ -881,13 +883,13 @@ func TestRunOutputs(t *testing.T) {
 	var out, errs bytes.Buffer
 	p := b.process("exit", "3")
 	p.Stdout, p.Stderr = &out, &errs
-	if err := Run(t.Context(), p); err == nil || out.String() != "" || errs.String() != "leaving\n" {
+	if err := run(t.Context(), p); err == nil || out.String() != "" || errs.String() != "leaving\n" {
 		t.Errorf("Run: %v, output %q, errors %q", err, &out, &errs)
 	}
 	full := errors.New("disk full")
 	p = newBox(t).process("hostname")
 	p.Stdout = writerFunc(func([]byte) (int, error) { return 0, full })
-	if err := Run(t.Context(), p); !errors.Is(err, full) {
+	if err := run(t.Context(), p); !errors.Is(err, full) {
 		t.Errorf("broken writer: %v", err)
 	}
 }
@@ -937,7 +939,7 @@ func TestRunParallel(t *testing.T) {
 				}
 				return len(b), nil
 			})
-			if err := Run(ctx, p); (err != nil) != (i%2 == 0) {
+			if err := run(ctx, p); (err != nil) != (i%2 == 0) {
 				t.Errorf("%s: %v", verb, err)
 			}
 		})
@@ -949,4 +951,9 @@ func TestRunParallel(t *testing.T) {
 	if left := children(t, os.Getpid()); len(left) > 0 {
 		t.Errorf("children left: %v", left)
 	}
+}
+
+// run runs one process under Docker's filter.
+func run(ctx context.Context, p Process) error {
+	return (&Runner{Filter: seccomp.Docker}).Run(ctx, p, false)
 }

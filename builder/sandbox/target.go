@@ -10,7 +10,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// MountPoints returns the paths [Run] will mount on. They must exist in the
+// MountPoints returns the paths [Runner.Run] will mount on. They must exist in the
 // root, but for those inside an earlier mount: the child makes these, and
 // they are left out here. The paths are clean and absolute; symlinks in them
 // are resolved inside the root.

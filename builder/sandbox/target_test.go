@@ -208,7 +208,7 @@ func TestMountData(t *testing.T) {
 	started := make(chan bool, 1)
 	p.Stdout = writerFunc(func(b []byte) (int, error) { started <- true; return len(b), nil })
 	done := make(chan error)
-	go func() { done <- Run(t.Context(), p) }()
+	go func() { done <- run(t.Context(), p) }()
 	<-started
 	for _, pid := range children(t, os.Getpid()) {
 		dir := filepath.Join("/proc", itoa(pid))

@@ -7,12 +7,14 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
 
 	"filo/builder/sandbox"
+	"filo/builder/sandbox/seccomp"
 	"filo/cache"
 	"filo/cmd/filo/progress"
 	"filo/layer"
@@ -153,6 +155,9 @@ func (a *app) open(enter bool) (*state, error) {
 	if enter {
 		if s.ground, err = sandbox.Enter(a.isolation); err != nil {
 			return nil, err
+		}
+		if !seccomp.Known(runtime.GOARCH) {
+			s.ground.Reason += "; no seccomp filter on " + runtime.GOARCH
 		}
 	}
 	dir, err := a.dir(s.ground)

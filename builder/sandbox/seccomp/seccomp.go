@@ -1,4 +1,10 @@
-package sandbox
+// Package seccomp compiles Docker's default seccomp profile into a program of the kernel's.
+//
+// It loads nothing and knows no process. It is a room of its own because its tables take longer to initialize than all
+// that a child of package sandbox does, which has it only as a function.
+//
+// Start at [Docker].
+package seccomp
 
 import (
 	"cmp"
@@ -7,7 +13,6 @@ import (
 	"maps"
 	"runtime"
 	"slices"
-	"sync"
 
 	"github.com/elastic/go-seccomp-bpf/arch"
 	"github.com/moby/profiles/seccomp"
@@ -29,29 +34,16 @@ const gap = 4096
 // x32Bit marks the x32 calls of an x86-64 process.
 const x32Bit = 0x40000000
 
-// The filters of processes with and without the machine's network are the same for all of them.
-var (
-	sharedFilter = sync.OnceValues(func() ([]byte, error) { return compileFilter(true) })
-	ownFilter    = sync.OnceValues(func() ([]byte, error) { return compileFilter(false) })
-)
+// Known says whether the system calls of the architecture goarch are known: without that, [Docker] has no filter.
+func Known(goarch string) bool { return abis(goarch) != nil }
 
-// seccompFilter is compileFilter, done once.
-func seccompFilter(shared bool) ([]byte, error) {
-	if shared {
-		return sharedFilter()
-	}
-	return ownFilter()
-}
-
-// compileFilter compiles Docker's default profile for the default
-// capabilities. It is nil on architectures of which no system call table is
-// known. With shared, the process is in the network of the machine, and has
-// not the raw sockets by which it would see and forge what others send: under
-// Docker it has them in a network of its own. The capability stays, as it does
-// in a set-capability ping. (As in Docker's profile, the arguments of i386's
-// socketcall are out of sight.)
-func compileFilter(shared bool) ([]byte, error) {
-	spec := &specs.Spec{Process: &specs.Process{Capabilities: &specs.LinuxCapabilities{Bounding: defaultCapabilityNames()}}}
+// Docker compiles Docker's default profile for a process with these capabilities, named like CAP_CHOWN, into an array of
+// struct sock_filter for seccomp(2). It is nil on architectures that are not known. With shared, the process is in the
+// network of the machine, and has not the raw sockets by which it would see and forge what others send: under Docker it
+// has them in a network of its own. The capability stays, as it does in a set-capability ping. (As in Docker's profile,
+// the arguments of i386's socketcall are out of sight.)
+func Docker(capabilities []string, shared bool) ([]byte, error) {
+	spec := &specs.Spec{Process: &specs.Process{Capabilities: &specs.LinuxCapabilities{Bounding: capabilities}}}
 	profile, err := seccomp.GetDefaultProfile(spec)
 	if err != nil {
 		return nil, err
