@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"runtime"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -77,32 +76,36 @@ func (r *Runner) runChroot(ctx context.Context, p Process) (err error) {
 			err = fmt.Errorf("clear up after the process: %w", serr)
 		}
 	}()
-	// As in Run: the child dies with this thread.
-	runtime.LockOSThread()
-	defer runtime.UnlockOSThread()
 	b, _, err := p.bound() // in a container it is that which keeps the devices
 	if err != nil {
 		return err
 	}
 	defer b.close()
-	c, err := spawn(roleOf(p))
+	out, err := newOutputs(p)
 	if err != nil {
 		return &SetupError{Step: "start", Err: err}
 	}
-	defer c.close()
-	c.attach(p)
-	if err := b.put(c.process.Pid); err != nil && p.Limits != (Limits{}) {
-		c.kill()
+	defer out.close()
+	k, err := startKeeper(out)
+	out.start()
+	if err != nil {
+		return &SetupError{Step: "start", Err: err}
+	}
+	defer k.close()
+	defer out.finish()
+	if err := b.put(k.process.Pid); err != nil && p.Limits != (Limits{}) {
+		k.process.Kill()
+		k.process.Wait()
 		return &SetupError{Step: "limit", Err: err}
 	}
-	stop := context.AfterFunc(ctx, func() { c.order.Close() })
+	stop := context.AfterFunc(ctx, func() { k.order.Close() })
 	defer stop()
 	// A keeper that dies before it has read all says why on its report.
-	_ = h.write(c.order)
-	started, failure := readReport(c.report)
-	status, statusErr := io.ReadAll(io.LimitReader(c.status, 5))
-	state, err := c.process.Wait()
-	c.finish()
+	_ = send(k.order, h)
+	started, failure := readReport(k.report)
+	status, statusErr := io.ReadAll(io.LimitReader(k.status, 5))
+	state, err := k.process.Wait()
+	out.finish()
 	switch {
 	case err != nil:
 		return &SetupError{Step: "wait", Err: err}
@@ -113,7 +116,62 @@ func (r *Runner) runChroot(ctx context.Context, p Process) (err error) {
 	case !started || statusErr != nil || len(status) != 4:
 		return &SetupError{Step: "start", Err: fmt.Errorf("child ended early: %s", state)}
 	}
-	return c.written(b.explain(p, exitError(p.Args, syscall.WaitStatus(binary.NativeEndian.Uint32(status)))))
+	return out.written(b.explain(p, exitError(p.Args, syscall.WaitStatus(binary.NativeEndian.Uint32(status)))))
+}
+
+// keeper is a started one and this side of its pipes.
+type keeper struct {
+	process *os.Process
+	order   *os.File // the handover goes in here; its end is the process's
+	report  *os.File // set-up errors come out here, then end of file at exec
+	status  *os.File // how the process ended
+}
+
+// startKeeper starts one. It outlives filo, to end what it keeps.
+func startKeeper(out *outputs) (*keeper, error) {
+	k := &keeper{}
+	var theirs []*os.File
+	defer func() {
+		for _, f := range theirs {
+			f.Close()
+		}
+	}()
+	pipe := func(ours **os.File, read bool) error {
+		r, w, err := os.Pipe()
+		if err != nil {
+			return err
+		}
+		if !read {
+			r, w = w, r
+		}
+		*ours, theirs = r, append(theirs, w)
+		return nil
+	}
+	err := pipe(&k.order, false)
+	if err == nil {
+		err = pipe(&k.report, true)
+	}
+	if err == nil {
+		err = pipe(&k.status, true)
+	}
+	if err == nil {
+		k.process, err = os.StartProcess(self, []string{keeperName}, &os.ProcAttr{
+			Env:   []string{"GOGC=off", "GOMAXPROCS=1", "GODEBUG=containermaxprocs=0,asyncpreemptoff=1"},
+			Files: append([]*os.File{out.null, out.stdout, out.stderr}, theirs...),
+			Sys:   &syscall.SysProcAttr{Setsid: true},
+		})
+	}
+	if err != nil {
+		k.close()
+		return nil, err
+	}
+	return k, nil
+}
+
+func (k *keeper) close() {
+	for _, f := range []*os.File{k.order, k.report, k.status} {
+		f.Close()
+	}
 }
 
 // keep is the keeper's life. An error says that there was no process.
@@ -121,8 +179,8 @@ func keep() error {
 	unix.CloseOnExec(reportFD)
 	unix.CloseOnExec(statusFD)
 	order := os.NewFile(orderFD, "order")
-	h, err := receive(order)
-	if err != nil {
+	h := &handover{}
+	if err := receive(order, h); err != nil {
 		return at("read the order", err)
 	}
 	if err := unix.Prctl(unix.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0); err != nil {
@@ -141,7 +199,8 @@ func keep() error {
 		return at("start", err)
 	}
 	// An actor that dies before it has read all says why on its report.
-	_ = h.send(w)
+	_ = send(w, h)
+	w.Close()
 	for _, fd := range []int{0, 1, 2, reportFD, int(r.Fd())} {
 		unix.Close(fd)
 	}
@@ -262,5 +321,10 @@ func act() error {
 	if err := unix.Chroot("."); err != nil {
 		return at("change root", err)
 	}
-	return h.become()
+	giveOutput([]int{1, 2}, h.Process.UID)
+	q := &sequence{}
+	if err := h.become(q, false); err != nil {
+		return err
+	}
+	return q.failure(q.play())
 }

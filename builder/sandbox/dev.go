@@ -4,8 +4,10 @@ import (
 	"errors"
 	"os"
 	"path"
+	"slices"
 	"strconv"
 	"strings"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 )
@@ -26,6 +28,9 @@ var hidden = [...]string{
 	"/sys/firmware",
 	"/sys/devices/virtual/powercap",
 }
+
+// hiddenDirs are those of them in /proc that are directories.
+var hiddenDirs = [...]string{"/proc/acpi", "/proc/asound", "/proc/scsi"}
 
 // frozen are paths by which a process could change the machine.
 var frozen = [...]string{
@@ -67,13 +72,9 @@ var devLinks = [...]struct{ name, to string }{
 
 const quiet = unix.MOUNT_ATTR_NOSUID | unix.MOUNT_ATTR_NOEXEC | unix.MOUNT_ATTR_NODEV
 
-// standard makes the mounts that every process has.
+// standard makes the mounts that every process has, but for /proc.
 func (s *stage) standard(h *handover) ([]placement, error) {
 	p := h.Process
-	proc, err := procfs()
-	if err != nil {
-		return nil, at("mount /proc", err)
-	}
 	sys, err := sysfs(p.Insecure)
 	if err != nil {
 		return nil, at("mount /sys", err)
@@ -86,7 +87,6 @@ func (s *stage) standard(h *handover) ([]placement, error) {
 		return nil, at("mount /dev", err)
 	}
 	ps := []placement{
-		{mount: proc, target: "/proc", dir: true},
 		{mount: sys, target: "/sys", dir: true},
 		{mount: dev, target: "/dev", dir: true},
 	}
@@ -144,18 +144,74 @@ func writable(yes bool) int {
 	return unix.MOUNT_ATTR_RDONLY
 }
 
-// procfs shows the process's own pid namespace. A container that hides parts
-// of its /proc may not make a new one; then it shows what the container sees.
-func procfs() (int, error) {
-	fd, err := detached("proc", quiet, "source=proc")
-	if !errors.Is(err, unix.EPERM) {
-		return fd, err
+// procMount is what is needed to mount /proc, which must be done in the pid namespace that it shows: by the process.
+type procMount struct {
+	place  int   // where it goes
+	spare  int   // a mount of the /proc that we have
+	blanks []int // a mount of an empty directory for each one that is hidden
+	null   int   // /dev/null
+	bare   bool  // nothing is hidden
+}
+
+// proc prepares it.
+func (s *stage) proc(insecure bool) (*procMount, error) {
+	p := &procMount{place: -1, null: -1, bare: insecure}
+	var err error
+	if p.spare, err = clone(unix.AT_FDCWD, "/proc", unix.AT_RECURSIVE); err == nil {
+		err = restrict(p.spare, quiet)
 	}
-	fd, err = clone(unix.AT_FDCWD, "/proc", unix.AT_RECURSIVE)
-	if err != nil {
-		return -1, err
+	for range hiddenDirs {
+		if err != nil || insecure {
+			break
+		}
+		var blank int
+		if blank, err = s.blank(); err == nil {
+			p.blanks = append(p.blanks, blank)
+		}
 	}
-	return fd, restrict(fd, quiet)
+	return p, err
+}
+
+// mount adds the calls. A container that hides parts of its /proc may not make a new one; then the process sees what the
+// container does.
+func (p *procMount) mount(q *sequence) {
+	const step = "mount /proc"
+	fs := q.add(step, unix.SYS_FSOPEN, "proc", unix.FSOPEN_CLOEXEC)
+	q.tolerate(4, unix.EPERM)
+	q.add(step, unix.SYS_FSCONFIG, fs, unix.FSCONFIG_SET_STRING, "source", "proc", 0)
+	q.add(step, unix.SYS_FSCONFIG, fs, unix.FSCONFIG_CMD_CREATE, 0, 0, 0)
+	q.tolerate(2, unix.EPERM)
+	fresh := q.add(step, unix.SYS_FSMOUNT, fs, unix.FSMOUNT_CLOEXEC, quiet)
+	q.tolerate(1, unix.EPERM)
+	const onto = unix.MOVE_MOUNT_F_EMPTY_PATH | unix.MOVE_MOUNT_T_EMPTY_PATH
+	q.add(step, unix.SYS_MOVE_MOUNT, fresh, "", p.place, "", onto)
+	q.skip(1)
+	q.add(step, unix.SYS_MOVE_MOUNT, p.spare, "", p.place, "", onto)
+	if p.bare {
+		return
+	}
+	for _, name := range frozen {
+		step := "make " + name + " read-only"
+		m := q.add(step, unix.SYS_OPEN_TREE, unix.AT_FDCWD, name, unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC|unix.AT_RECURSIVE)
+		q.tolerate(2, unix.ENOENT)
+		set := &unix.MountAttr{Attr_set: unix.MOUNT_ATTR_RDONLY}
+		q.add(step, unix.SYS_MOUNT_SETATTR, m, "", unix.AT_EMPTY_PATH|unix.AT_RECURSIVE, unsafe.Pointer(set), unsafe.Sizeof(*set))
+		q.add(step, unix.SYS_MOVE_MOUNT, m, "", unix.AT_FDCWD, name, unix.MOVE_MOUNT_F_EMPTY_PATH)
+	}
+	blanks := p.blanks
+	for _, name := range hidden {
+		if !strings.HasPrefix(name, "/proc/") {
+			continue
+		}
+		var over any
+		if slices.Contains(hiddenDirs[:], name) {
+			over, blanks = blanks[0], blanks[1:]
+		} else {
+			over = q.add("hide "+name, unix.SYS_OPEN_TREE, p.null, "", unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC|unix.AT_EMPTY_PATH)
+		}
+		q.add("hide "+name, unix.SYS_MOVE_MOUNT, over, "", unix.AT_FDCWD, name, unix.MOVE_MOUNT_F_EMPTY_PATH)
+		q.tolerate(0, unix.ENOENT)
+	}
 }
 
 // sysfs belongs to a network namespace: in a user namespace with the host's
@@ -294,25 +350,8 @@ func insideDev(p Process) ([]placement, error) {
 	return ps, nil
 }
 
-// mask hides and freezes what a process must not see or touch. It comes
-// before the process's own mounts, so that /dev/null is the real one.
+// mask hides what a process must not see of /sys.
 func (in *inside) mask(empty int) error {
-	for _, name := range frozen {
-		err := in.cover(name, func(fd int) (int, error) {
-			m, err := clone(fd, "", unix.AT_RECURSIVE)
-			if err != nil {
-				return -1, err
-			}
-			return m, restrict(m, unix.MOUNT_ATTR_RDONLY)
-		})
-		if err != nil {
-			return at("make "+name+" read-only", err)
-		}
-	}
-	null, err := openIn(in.fd, "/dev/null", 0)
-	if err != nil {
-		return at("hide files", err)
-	}
 	placed := false
 	// When processors get hot, and thereby what others compute.
 	var heat []string
@@ -323,11 +362,11 @@ func (in *inside) mask(empty int) error {
 		}
 	}
 	for _, name := range append(hidden[:len(hidden):len(hidden)], heat...) {
-		err := in.cover(name, func(fd int) (int, error) {
-			switch {
-			case !isDirectory(fd):
-				return clone(null, "", 0)
-			case placed:
+		if strings.HasPrefix(name, "/proc/") {
+			continue // see procMount
+		}
+		err := in.cover(name, func(int) (int, error) {
+			if placed {
 				return clone(empty, "", 0)
 			}
 			// Only what is attached somewhere can be cloned, so the first

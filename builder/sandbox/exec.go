@@ -21,14 +21,27 @@ type notExecutable struct {
 
 func (e *notExecutable) Error() string { return e.text }
 
-// execute becomes the process.
-func execute(p Process) error {
-	file, err := lookPath(p.Args[0], p.Env)
+// execute adds the calls that execute the program, and that say so before: a child that died in its set-up must not be
+// taken for a process that failed.
+func (q *sequence) execute(p Process) error {
+	files, missing, err := lookPath(p.Args[0], p.Env)
 	if err != nil {
 		return err
 	}
-	syscall.Write(reportFD, []byte{starting})
-	err = syscall.Exec(file, p.Args, p.Env)
+	q.add("start", unix.SYS_WRITE, reportFD, string(rune(starting)), 1)
+	args, env := q.texts(p.Args), q.texts(p.Env)
+	for _, file := range files {
+		q.add("start", unix.SYS_EXECVE, file, args, env)
+		q.blame(func(errno syscall.Errno) error { return cannotExecute(file, errno) })
+		if missing != nil {
+			q.tolerate(0, unix.EACCES) // not for this user; there may be another
+		}
+	}
+	q.end = missing
+	return nil
+}
+
+func cannotExecute(file string, err error) error {
 	if !errors.Is(err, fs.ErrNotExist) {
 		return &notExecutable{fmt.Sprintf("exec %s: %v", file, err), 126}
 	}
@@ -57,33 +70,39 @@ func interpreter(file string) string {
 	return name
 }
 
-// lookPath finds a command as a shell does, with the user's own rights.
-func lookPath(name string, env []string) (string, error) {
+// lookPath finds a command as a shell does: all files that it may be, of which the user might not be allowed to execute
+// some, and the error if that is so for all of them; nil if there is but one file.
+func lookPath(name string, env []string) (files []string, missing, err error) {
+	if strings.HasPrefix(name, "/proc/") {
+		return []string{name}, nil, nil // which only the process has
+	}
 	if strings.Contains(name, "/") {
 		err := executable(name)
 		if err == nil {
-			return name, nil
+			return []string{name}, nil, nil
 		}
 		if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENOTDIR) {
-			return "", &notExecutable{fmt.Sprintf("exec: %q: stat %s: %v", name, name, err), 127}
+			return nil, nil, &notExecutable{fmt.Sprintf("exec: %q: stat %s: %v", name, name, err), 127}
 		}
-		return "", &notExecutable{fmt.Sprintf("exec: %q: %v", name, err), 126}
+		return nil, nil, &notExecutable{fmt.Sprintf("exec: %q: %v", name, err), 126}
 	}
-	missing := &notExecutable{fmt.Sprintf("exec: %q: executable file not found in $PATH", name), 127}
+	missing = &notExecutable{fmt.Sprintf("exec: %q: executable file not found in $PATH", name), 127}
 	path := lookup(env, "PATH")
 	if name == "" || path == "" {
-		return "", missing
+		return nil, nil, missing
 	}
 	for _, dir := range strings.Split(path, ":") {
 		if dir == "" {
 			dir = "."
 		}
-		file := dir + "/" + name
-		if executable(file) == nil {
-			return file, nil
+		if file := dir + "/" + name; executable(file) == nil {
+			files = append(files, file)
 		}
 	}
-	return "", missing
+	if len(files) == 0 {
+		return nil, nil, missing
+	}
+	return files, missing, nil
 }
 
 func executable(file string) error {

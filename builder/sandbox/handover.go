@@ -2,7 +2,6 @@ package sandbox
 
 import (
 	"bytes"
-	"encoding/binary"
 	"fmt"
 	"io"
 	"os"
@@ -15,11 +14,9 @@ import (
 )
 
 const (
-	self = "/proc/self/exe"
-	// childName is the argv[0] by which a sandbox child is known.
-	childName = "filo-sandbox"
-	orderFD   = 3
-	reportFD  = 4
+	self     = "/proc/self/exe"
+	orderFD  = 3
+	reportFD = 4
 )
 
 // handover is all that a child has to know. It goes through a pipe: secrets are
@@ -144,37 +141,6 @@ func hostsFile(hostname string, extra []string) ([]byte, error) {
 		fmt.Fprintf(&b, "%s\t%s\n", addr, name)
 	}
 	return b.Bytes(), nil
-}
-
-// send writes the handover and closes w.
-func (h *handover) send(w *os.File) error {
-	defer w.Close()
-	return h.write(w)
-}
-
-// lengthSize is the size of the length before the handover.
-const lengthSize = 8
-
-func (h *handover) write(w io.Writer) error {
-	b := encode(make([]byte, lengthSize), reflect.ValueOf(h))
-	binary.NativeEndian.PutUint64(b, uint64(len(b)-lengthSize))
-	_, err := w.Write(b)
-	return err
-}
-
-// receive is the child's half of send.
-func receive(r io.Reader) (*handover, error) {
-	length := make([]byte, lengthSize)
-	if _, err := io.ReadFull(r, length); err != nil {
-		return nil, err
-	}
-	b := make([]byte, binary.NativeEndian.Uint64(length))
-	if _, err := io.ReadFull(r, b); err != nil {
-		return nil, err
-	}
-	h := &handover{}
-	_, err := decode(b, reflect.ValueOf(h))
-	return h, err
 }
 
 // report is what a child says when it cannot become the process.

@@ -149,7 +149,11 @@ func userName(id string) string {
 
 // helperPath finds a set-user-ID helper on the PATH.
 func helperPath(helper string) (string, error) {
-	return lookPath(helper, []string{"PATH=" + os.Getenv("PATH")})
+	files, _, err := lookPath(helper, []string{"PATH=" + os.Getenv("PATH")})
+	if err != nil {
+		return "", err
+	}
+	return files[0], nil
 }
 
 func help(helper string, pid int, ranges []idRange) error {

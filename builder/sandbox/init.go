@@ -4,12 +4,10 @@ import (
 	"cmp"
 	"errors"
 	"fmt"
-	"math"
 	"os"
-	"reflect"
+	"path"
 	"runtime"
-	"strconv"
-	"syscall"
+	"strings"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -23,18 +21,19 @@ import (
 // encoding/gob, os/exec, os/user, net and regexp. TestFirst sees to it.
 func init() { begun() }
 
-// begun ends a child started by [Runner.Run] as the process of its sandbox, and makes
-// one started by [Enter] wait until its user namespace is ready. In other
-// processes it does nothing.
+// begun is all of the life of children started by [Runner.Run], and makes one started by [Enter] wait until its user
+// namespace is ready. In other processes it does nothing.
 func begun() {
 	switch {
 	case len(os.Args) == 0:
-	case os.Args[0] == childName:
-		// Namespaces are the process's, but capabilities, users and seccomp
-		// belong to the thread: it must be the one that executes.
+	case os.Args[0] == launcherName:
+		// Namespaces belong to the thread, and the death of the thread that
+		// made a process is that of the process.
 		runtime.LockOSThread()
-		tell(become())
-		os.Exit(1)
+		if serve() != nil {
+			os.Exit(1) // filo will find out
+		}
+		os.Exit(0)
 	case os.Args[0] == keeperName:
 		runtime.LockOSThread()
 		if err := keep(); err != nil {
@@ -57,93 +56,57 @@ func begun() {
 func begin() (*handover, error) {
 	order := os.NewFile(orderFD, "order")
 	unix.CloseOnExec(reportFD)
-	h, err := receive(order)
+	h := &handover{}
+	err := receive(order, h)
 	order.Close()
 	if err != nil {
 		return nil, at("read the order", err)
 	}
-	// Whatever filo was started with, and what is opened from here on, is not
-	// the process's.
-	if err := unix.CloseRange(orderFD, math.MaxUint32, unix.CLOSE_RANGE_CLOEXEC); err != nil && !errors.Is(err, unix.ENOSYS) && !errors.Is(err, unix.EPERM) {
-		return nil, at("close inherited files", err)
-	} else if err != nil {
-		closeOnExec() // a filter that is older than the call
-	}
+	closeOnExec(orderFD)
 	unix.Umask(0)
 	return h, nil
 }
 
-// closeOnExec is the close_range of old kernels.
-func closeOnExec() {
-	names, _ := os.ReadDir("/proc/self/fd")
-	for _, n := range names {
-		if fd, err := strconv.Atoi(n.Name()); err == nil && fd >= orderFD {
-			unix.CloseOnExec(fd)
+// become adds the calls by which a child becomes the process, in the root that this one has.
+func (h *handover) become(q *sequence, sameGroups bool) error {
+	p := h.Process
+	if dir := path.Clean(p.Dir); dir == "/proc" || strings.HasPrefix(dir, "/proc/") {
+		q.add("change to working directory "+p.Dir, unix.SYS_CHDIR, p.Dir) // only the child has that
+	} else {
+		fd, err := workingDirectory(p.Dir, p.UID, p.GID)
+		if err != nil {
+			return at("open working directory "+p.Dir, err)
+		}
+		// With root's rights, as in other builders: the user may not be allowed to.
+		if err := unix.Fchdir(fd); err != nil {
+			return at("change to working directory "+p.Dir, err)
 		}
 	}
-}
-
-// become turns this process into the one it was made for. It returns only if
-// that cannot be done.
-func become() error {
-	h, err := begin()
-	if err != nil {
+	q.add("set umask", unix.SYS_UMASK, 0o22)
+	q.heedSignals()
+	if err := q.dropPowers(p, h.Filter, sameGroups); err != nil {
 		return err
 	}
-	if err := enterRoot(h); err != nil {
-		return err
-	}
-	if err := unix.Sethostname([]byte(h.Process.Hostname)); err != nil {
-		return at("set hostname", err)
-	}
-	if h.Process.Network == NetworkNone {
-		if err := loopbackUp(); err != nil {
-			return at("bring up lo", err)
-		}
-	}
-	return h.become()
-}
-
-// become executes the process in the root that this one has.
-func (h *handover) become() error {
-	dir, err := workingDirectory(h.Process.Dir, h.Process.UID, h.Process.GID)
-	if err != nil {
-		return at("open working directory "+h.Process.Dir, err)
-	}
-	// With root's rights, as in other builders: the user may not be allowed to.
-	if err := unix.Fchdir(dir); err != nil {
-		return at("change to working directory "+h.Process.Dir, err)
-	}
-	unix.Umask(0o022)
-	heedSignals()
-	giveOutput(h.Process.UID)
-	if err := dropPowers(h.Process, h.Filter); err != nil {
-		return err
-	}
-	return execute(h.Process)
+	return q.execute(p)
 }
 
 // enterRoot makes every mount while the host is still in sight, then leaves
 // the host behind and puts them in place inside the root, where no path leads
-// out.
-func enterRoot(h *handover) error {
-	// Only now: the root of the namespace is the cgroup of this moment, that of the process.
-	if err := unix.Unshare(unix.CLONE_NEWCGROUP); err != nil {
-		return at("make cgroup namespace", err)
-	}
+// out. /proc is left to the process.
+func enterRoot(h *handover) (*procMount, error) {
 	// Nothing mounted here may appear on the host.
 	private := unix.MountAttr{Propagation: unix.MS_PRIVATE}
 	if err := unix.MountSetattr(unix.AT_FDCWD, "/", unix.AT_RECURSIVE, &private); err != nil {
-		return at("make mounts private", kernelTooOld(err))
+		return nil, at("make mounts private", kernelTooOld(err))
 	}
 	// What is mounted over / covers nothing: paths start below it.
 	anchor, err := unix.Open("/", unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 	if err != nil {
-		return at("open /", err)
+		return nil, at("open /", err)
 	}
 	s, err := newStage(anchor)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	s.noDevices = h.NoDevices
 	root, err := s.root(h.Process.Root)
@@ -151,35 +114,45 @@ func enterRoot(h *handover) error {
 		err = s.deaden(root)
 	}
 	if err != nil {
-		return at("mount root", err)
+		return nil, at("mount root", err)
 	}
 	std, err := s.standard(h)
 	if err != nil {
-		return err
+		return nil, err
+	}
+	proc, err := s.proc(h.Process.Insecure)
+	if err != nil {
+		return nil, at("mount /proc", err)
 	}
 	extra, err := s.mounts(h.Process.Mounts)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	if err := attach(root, anchor); err != nil {
-		return at("attach root", err)
+		return nil, at("attach root", err)
 	}
 	if err := pivot(root); err != nil {
-		return at("change root", err)
+		return nil, at("change root", err)
 	}
 	in, err := openInside(root)
 	if err != nil {
-		return at("open root", err)
+		return nil, at("open root", err)
+	}
+	if proc.place, err = in.target("/proc", true); err != nil {
+		return nil, at("mount /proc", err)
 	}
 	if err := in.place(std); err != nil {
-		return err
+		return nil, err
 	}
 	if !h.Process.Insecure {
 		if err := in.mask(s.empty); err != nil {
-			return err
+			return nil, err
+		}
+		if proc.null, err = openIn(in.fd, "/dev/null", 0); err != nil { // before a mount of the process's own hides it
+			return nil, at("hide files", err)
 		}
 	}
-	return in.place(extra)
+	return proc, in.place(extra)
 }
 
 // pivot makes root the root and unmounts the old one, which for a moment lies
@@ -242,20 +215,21 @@ func overmounted(root int) (bool, error) {
 	return a != b, err
 }
 
-// heedSignals undoes that filo was started deaf to these, by nohup or in the
-// background of a script. What Go catches is back at its default once the
-// process executes, what is ignored is not.
-func heedSignals() {
-	var byDefault [4]uint64 // struct sigaction of the kernel: SIG_DFL, no flags, no mask
-	for _, s := range []syscall.Signal{unix.SIGHUP, unix.SIGINT, unix.SIGQUIT} {
-		unix.RawSyscall6(unix.SYS_RT_SIGACTION, uintptr(s), uintptr(unsafe.Pointer(&byDefault)), 0, 8, 0, 0)
+// heedSignals adds the calls by which all signals do what they do by default, even if filo was started deaf to some, by
+// nohup or in the background of a script, and none is blocked.
+func (q *sequence) heedSignals() {
+	byDefault, none := new([4]uint64), new(uint64) // struct sigaction of the kernel: SIG_DFL, no flags, no mask
+	for s := range 64 {
+		q.add("heed signals", unix.SYS_RT_SIGACTION, s+1, unsafe.Pointer(byDefault), 0, 8)
+		q.tolerate(0, unix.EINVAL) // two of them cannot be caught
 	}
+	q.add("heed signals", unix.SYS_RT_SIGPROCMASK, unix.SIG_SETMASK, unsafe.Pointer(none), 0, 8)
 }
 
 // giveOutput lets the user open /dev/stdout and /dev/stderr, which are pipes of
 // root's. Without it only these two fail, so an error is no reason to stop.
-func giveOutput(uid int) {
-	for fd := 1; fd <= 2; fd++ {
+func giveOutput(fds []int, uid int) {
+	for _, fd := range fds {
 		var st unix.Stat_t
 		if unix.Fstat(fd, &st) == nil && st.Mode&unix.S_IFMT == unix.S_IFIFO {
 			unix.Fchown(fd, uid, -1)
@@ -300,19 +274,4 @@ func kernelTooOld(err error) error {
 		return &cause{text: "Linux 5.12 or newer is needed", errno: unix.ENOSYS}
 	}
 	return err
-}
-
-// tell sends an error to the parent.
-func tell(err error) {
-	r := report{Step: "start", Text: err.Error()}
-	var f *failed
-	if errors.As(err, &f) {
-		r.Step, r.Text = f.step, f.err.Error()
-	}
-	var x *notExecutable
-	if errors.As(err, &x) {
-		r.Code = x.code
-	}
-	errors.As(err, &r.Errno)
-	syscall.Write(reportFD, encode(nil, reflect.ValueOf(r)))
 }

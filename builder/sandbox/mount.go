@@ -45,11 +45,17 @@ func newStage(anchor int) (*stage, error) {
 			return nil, at("make stage", err)
 		}
 	}
-	s.empty, err = clone(fd, stageEmpty, 0)
-	if err == nil {
-		err = restrict(s.empty, unix.MOUNT_ATTR_RDONLY)
-	}
+	s.empty, err = s.blank()
 	return s, at("make stage", err)
+}
+
+// blank makes a mount of an empty directory.
+func (s *stage) blank() (int, error) {
+	m, err := clone(s.fd, stageEmpty, 0)
+	if err != nil {
+		return -1, err
+	}
+	return m, restrict(m, unix.MOUNT_ATTR_RDONLY)
 }
 
 // file puts bytes into the stage and returns a mount of them.

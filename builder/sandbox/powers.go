@@ -1,13 +1,13 @@
 package sandbox
 
 import (
-	"errors"
 	"os"
-	"runtime"
 	"slices"
 	"strings"
 	"syscall"
 	"unsafe"
+
+	"filo/builder/sandbox/nofile"
 
 	"golang.org/x/sys/unix"
 )
@@ -52,18 +52,15 @@ func defaultSet() (s capabilities) {
 	return s
 }
 
-// dropPowers leaves the calling thread with what p's process may do. The
-// filter is loaded first: that needs a capability. What follows is allowed
-// by it.
-func dropPowers(p Process, filter []byte) error {
-	if err := setLimits(p.Ulimits); err != nil {
-		return err
-	}
-	joinKeyring()
+// dropPowers adds the calls that leave p's process with what it may do. The filter is loaded first: that needs a
+// capability. What follows is allowed by it. sameGroups says that nobody may change groups here.
+func (q *sequence) dropPowers(p Process, filter []byte, sameGroups bool) error {
+	q.setLimits(p.Ulimits)
+	// Leaves the session keyring of whoever started filo. Where that is refused, seccomp keeps the process from every one.
+	q.add("join keyring", unix.SYS_KEYCTL, unix.KEYCTL_JOIN_SESSION_KEYRING, 0)
+	q.ignore()
 	if len(filter) > 0 {
-		if err := loadFilter(filter); err != nil {
-			return at("load seccomp filter", err)
-		}
+		q.loadFilter(filter)
 	}
 	keep, err := permitted()
 	if err != nil {
@@ -71,13 +68,18 @@ func dropPowers(p Process, filter []byte) error {
 	}
 	if !p.Insecure {
 		keep &= defaultSet()
-		if err := dropBounding(keep); err != nil && !(p.Ground.Name == groundChroot && errors.Is(err, unix.EPERM)) {
-			return at("drop capabilities", err)
+		for c := range uintptr(64) {
+			if keep&(1<<c) != 0 {
+				continue
+			}
+			q.add("drop capabilities", unix.SYS_PRCTL, unix.PR_CAPBSET_DROP, c, 0, 0, 0)
+			q.tolerate(0, unix.EINVAL) // above the last one the kernel knows
+			if p.Ground.Name == groundChroot {
+				q.tolerate(0, unix.EINVAL, unix.EPERM)
+			}
 		}
 	}
-	if err := setUser(p); err != nil {
-		return err
-	}
+	q.setUser(p, sameGroups)
 	inherit := capabilities(0)
 	switch {
 	case p.Insecure:
@@ -85,32 +87,32 @@ func dropPowers(p Process, filter []byte) error {
 	case p.UID != 0:
 		keep = 0
 	}
-	if err := setCapabilities(keep, inherit); err != nil {
-		return at("set capabilities", err)
-	}
-	return surviveNothing()
+	q.setCapabilities(keep, inherit)
+	// The kernel forgets it when credentials change. A parent that died meanwhile is found out when the report is written.
+	q.add("set death signal", unix.SYS_PRCTL, unix.PR_SET_PDEATHSIG, uintptr(unix.SIGKILL), 0, 0, 0)
+	return nil
 }
 
-// setUser switches to the user, keeping the permitted set for the moment.
-func setUser(p Process) error {
+// setUser adds the calls that switch to the user, keeping the permitted set for the moment.
+func (q *sequence) setUser(p Process, sameGroups bool) {
 	groups := make([]uint32, 0, len(p.Groups)+1)
 	for _, g := range p.Groups {
 		groups = append(groups, uint32(g))
 	}
-	_, _, errno := unix.RawSyscall(unix.SYS_SETGROUPS, uintptr(len(groups)), uintptr(unsafe.Pointer(unsafe.SliceData(groups))), 0)
-	if errno != 0 && !(errno == unix.EPERM && (setgroupsDenied() || p.UID == os.Getuid() && p.GID == os.Getgid())) {
-		return at("set groups", noSuchID(errno))
+	unknown := func(step string) {
+		q.blame(func(errno syscall.Errno) error { return at(step, noSuchID(errno)) })
 	}
-	if _, _, errno := unix.RawSyscall(unix.SYS_SETRESGID, uintptr(p.GID), uintptr(p.GID), uintptr(p.GID)); errno != 0 {
-		return at("set group", noSuchID(errno))
+	q.add("set groups", unix.SYS_SETGROUPS, len(groups), unsafe.Pointer(unsafe.SliceData(groups)))
+	unknown("set groups")
+	if sameGroups || p.UID == os.Getuid() && p.GID == os.Getgid() {
+		q.tolerate(0, unix.EPERM)
 	}
-	if err := unix.Prctl(unix.PR_SET_KEEPCAPS, 1, 0, 0, 0); err != nil {
-		return at("keep capabilities", err)
-	}
-	if _, _, errno := unix.RawSyscall(unix.SYS_SETRESUID, uintptr(p.UID), uintptr(p.UID), uintptr(p.UID)); errno != 0 {
-		return at("set user", noSuchID(errno))
-	}
-	return at("keep capabilities", unix.Prctl(unix.PR_SET_KEEPCAPS, 0, 0, 0, 0))
+	q.add("set group", unix.SYS_SETRESGID, p.GID, p.GID, p.GID)
+	unknown("set group")
+	q.add("keep capabilities", unix.SYS_PRCTL, unix.PR_SET_KEEPCAPS, 1, 0, 0, 0)
+	q.add("set user", unix.SYS_SETRESUID, p.UID, p.UID, p.UID)
+	unknown("set user")
+	q.add("keep capabilities", unix.SYS_PRCTL, unix.PR_SET_KEEPCAPS, 0, 0, 0, 0)
 }
 
 // setgroupsDenied reports whether this user namespace has a single ID that an
@@ -145,80 +147,34 @@ func permitted() (capabilities, error) {
 	return capabilities(data[0].Permitted) | capabilities(data[1].Permitted)<<32, err
 }
 
-func dropBounding(keep capabilities) error {
-	for c := range uintptr(64) {
-		if keep&(1<<c) != 0 {
-			continue
-		}
-		err := unix.Prctl(unix.PR_CAPBSET_DROP, c, 0, 0, 0)
-		if errors.Is(err, unix.EINVAL) {
-			return nil // above the last one the kernel knows
-		}
-		if err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-// setCapabilities sets permitted and effective to one set, inheritable and
-// ambient to the other.
-func setCapabilities(keep, inherit capabilities) error {
-	hdr := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
-	var data [2]unix.CapUserData
+// setCapabilities adds the calls that set permitted and effective to one set, inheritable and ambient to the other.
+func (q *sequence) setCapabilities(keep, inherit capabilities) {
+	const step = "set capabilities"
+	hdr := &unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
+	data := new([2]unix.CapUserData)
 	for i := range data {
 		shift := 32 * i
 		data[i] = unix.CapUserData{Effective: uint32(keep >> shift), Permitted: uint32(keep >> shift), Inheritable: uint32(inherit >> shift)}
 	}
-	if err := unix.Capset(&hdr, &data[0]); err != nil {
-		return err
-	}
-	if err := unix.Prctl(unix.PR_CAP_AMBIENT, unix.PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0); err != nil {
-		return err
-	}
+	q.add(step, unix.SYS_CAPSET, unsafe.Pointer(hdr), unsafe.Pointer(data))
+	q.add(step, unix.SYS_PRCTL, unix.PR_CAP_AMBIENT, unix.PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0)
 	for c := range uintptr(64) {
-		if inherit&(1<<c) == 0 {
-			continue
-		}
-		if err := unix.Prctl(unix.PR_CAP_AMBIENT, unix.PR_CAP_AMBIENT_RAISE, c, 0, 0); err != nil {
-			return err
+		if inherit&(1<<c) != 0 {
+			q.add(step, unix.SYS_PRCTL, unix.PR_CAP_AMBIENT, unix.PR_CAP_AMBIENT_RAISE, c, 0, 0)
 		}
 	}
-	return nil
 }
 
-// surviveNothing asks again for death with the parent, for the kernel forgets
-// it when credentials change, and sees that the parent has not died meanwhile.
-func surviveNothing() error {
-	if err := unix.Prctl(unix.PR_SET_PDEATHSIG, uintptr(unix.SIGKILL), 0, 0, 0); err != nil {
-		return at("set death signal", err)
-	}
-	poll := []unix.PollFd{{Fd: reportFD}}
-	if _, err := unix.Poll(poll, 0); err == nil && poll[0].Revents&unix.POLLERR != 0 {
-		return at("start", errors.New("parent is gone"))
-	}
-	return nil
-}
-
-// joinKeyring leaves the session keyring of whoever started filo. Where that
-// is refused, seccomp keeps the process from every keyring.
-func joinKeyring() {
-	unix.RawSyscall(unix.SYS_KEYCTL, unix.KEYCTL_JOIN_SESSION_KEYRING, 0, 0)
-}
-
-func loadFilter(filter []byte) error {
-	prog := unix.SockFprog{
-		Len:    uint16(len(filter) / unix.SizeofSockFilter),
-		Filter: (*unix.SockFilter)(unsafe.Pointer(unsafe.SliceData(slices.Clone(filter)))),
+func (q *sequence) loadFilter(filter []byte) {
+	aligned := slices.Clone(filter)
+	q.pinned = append(q.pinned, aligned)
+	prog := &unix.SockFprog{
+		Len:    uint16(len(aligned) / unix.SizeofSockFilter),
+		Filter: (*unix.SockFilter)(unsafe.Pointer(unsafe.SliceData(aligned))),
 	}
 	// As runc does: the mitigation that seccomp brings on older kernels costs
 	// more than it is worth here.
-	_, _, errno := unix.RawSyscall(unix.SYS_SECCOMP, unix.SECCOMP_SET_MODE_FILTER, unix.SECCOMP_FILTER_FLAG_SPEC_ALLOW, uintptr(unsafe.Pointer(&prog)))
-	runtime.KeepAlive(filter)
-	if errno != 0 {
-		return errno
-	}
-	return nil
+	q.add("load seccomp filter", unix.SYS_SECCOMP, unix.SECCOMP_SET_MODE_FILTER, unix.SECCOMP_FILTER_FLAG_SPEC_ALLOW, unsafe.Pointer(prog))
 }
 
 // limits returns the kernel's number of a limit.
@@ -260,16 +216,17 @@ func limits(name string) (int, bool) {
 	return 0, false
 }
 
-func setLimits(ulimits []Ulimit) error {
+// setLimits adds the calls that set the limits asked for, and that on files to what filo was started with: Go raises it.
+func (q *sequence) setLimits(ulimits []Ulimit) {
+	set := func(step string, which int, soft, hard uint64) {
+		q.add(step, unix.SYS_PRLIMIT64, 0, which, unsafe.Pointer(&unix.Rlimit{Cur: soft, Max: hard}), 0)
+	}
+	if soft, hard, known := nofile.Limit(); known {
+		set("set ulimit nofile", unix.RLIMIT_NOFILE, soft, hard)
+	}
 	for _, u := range ulimits {
 		which, _ := limits(u.Name)
 		// -1 as an unsigned number is RLIM_INFINITY.
-		lim := syscall.Rlimit{Cur: uint64(u.Soft), Max: uint64(u.Hard)}
-		// Not prlimit: the syscall package must know, or it would put back
-		// the number of files that the process was started with.
-		if err := syscall.Setrlimit(which, &lim); err != nil {
-			return at("set ulimit "+u.Name, err)
-		}
+		set("set ulimit "+u.Name, which, uint64(u.Soft), uint64(u.Hard))
 	}
-	return nil
 }

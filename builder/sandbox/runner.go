@@ -1,16 +1,22 @@
 package sandbox
 
 import (
+	"context"
 	"errors"
+	"fmt"
+	"io"
+	"os"
 	"runtime"
 	"slices"
 	"sync"
 	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
 )
 
-// Runner runs processes one after the other or side by side, and starts
-// children ahead of the processes that they become: to start one takes longer
-// than all else about a short step. Close ends those that nobody needed.
+// Runner runs processes one after the other or side by side. It keeps the launchers that it starts for that. Close ends
+// them.
 type Runner struct {
 	// Filter compiles the seccomp filter of processes with these capabilities, named like CAP_CHOWN, as seccomp(2) takes
 	// it; see package seccomp, which has Docker's. shared says that they are in the machine's network. Without it only
@@ -46,42 +52,156 @@ func (r *Runner) filter(shared bool) ([]byte, error) {
 	return f, nil
 }
 
-// ahead starts a child for a process that is likely to come. That it cannot is
-// for the process to find out.
-func (r *Runner) ahead(of role) {
+// running is a started launcher and this side of what leads to it.
+type running struct {
+	role    role
+	process *os.Process
+	socket  *os.File
+	over    chan struct{} // closed when it may end; see spawn
+	ended   sync.WaitGroup
+
+	bounds  *bounds // it is in these cgroups
+	nodes   bool    // see [Process.bound]
+	unbound error   // why it is not
+	binding sync.WaitGroup
+}
+
+// role is what has to be known of a process when its launcher starts.
+type role struct {
+	limits   Limits
+	insecure bool
+}
+
+func roleOf(p Process) role { return role{p.Limits, p.Insecure} }
+
+// lasts says whether a launcher can start one process after the other: what a limited one used at most, and whether
+// memory ran out for it, is known only of a cgroup of its own.
+func (r role) lasts() bool { return r.limits == Limits{} }
+
+// take returns a launcher that waits for a process of a role, a new one if there is none.
+func (r *Runner) take(of role) (*running, error) {
+	for {
+		l := r.waiting(of)
+		fresh := l == nil
+		if fresh {
+			var err error
+			if l, err = spawn(of); err != nil {
+				return nil, &SetupError{Step: "start", Err: refused(err)}
+			}
+		}
+		l.binding.Wait()
+		if l.unbound != nil {
+			l.end()
+			return nil, l.unbound
+		}
+		if fresh || l.waits() {
+			return l, nil
+		}
+		l.end() // it died while it waited
+	}
+}
+
+func (r *Runner) waiting(of role) *running {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if len(r.idle) >= runtime.GOMAXPROCS(0) {
+	i := slices.IndexFunc(r.idle, func(l *running) bool { return l.role == of })
+	if i < 0 {
+		return nil
+	}
+	l := r.idle[i]
+	r.idle = slices.Delete(r.idle, i, i+1)
+	return l
+}
+
+// put takes a launcher back that can be used again, or starts another one where more processes are to come and that is not
+// so.
+func (r *Runner) put(l *running, again, more bool) {
+	if again && l.role.lasts() {
+		r.mu.Lock()
+		defer r.mu.Unlock()
+		r.idle = append(r.idle, l)
 		return
 	}
-	if c, err := spawn(of); err == nil {
-		c.binding.Go(c.bind)
-		r.idle = append(r.idle, c)
+	l.end()
+	if !again || !more {
+		return
+	}
+	if next, err := spawn(l.role); err == nil { // that it cannot is for the next process to find out
+		r.mu.Lock()
+		defer r.mu.Unlock()
+		r.idle = append(r.idle, next)
 	}
 }
 
-// take returns a child that waits for a process of a role; nil if there is none.
-func (r *Runner) take(of role) *running {
+// Close ends the launchers that wait. The Runner can be used again.
+func (r *Runner) Close() {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	for {
-		i := slices.IndexFunc(r.idle, func(c *running) bool { return c.role == of })
-		if i < 0 {
-			return nil
+	for _, l := range r.idle {
+		l.end()
+	}
+	r.idle = nil
+}
+
+// spawn starts a launcher. It does nothing before it is told.
+func spawn(of role) (*running, error) {
+	pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return nil, err
+	}
+	theirs := os.NewFile(uintptr(pair[1]), "socket")
+	defer theirs.Close()
+	if err := unix.SetNonblock(pair[0], true); err != nil {
+		unix.Close(pair[0])
+		return nil, err
+	}
+	l := &running{role: of, socket: os.NewFile(uintptr(pair[0]), "socket"), over: make(chan struct{})}
+	started := make(chan error)
+	l.ended.Go(func() {
+		// The kernel sends the death signal when the thread that made the launcher ends, so this thread has to stay for as
+		// long as that does.
+		runtime.LockOSThread()
+		defer runtime.UnlockOSThread()
+		var err error
+		l.process, err = os.StartProcess(self, []string{launcherName}, &os.ProcAttr{
+			// Not the processes' environment but that of the launcher's Go runtime.
+			Env:   []string{"GOMAXPROCS=1", "GODEBUG=containermaxprocs=0,asyncpreemptoff=1"},
+			Files: []*os.File{nil, nil, nil, theirs},
+			Sys:   &syscall.SysProcAttr{Setsid: true, Pdeathsig: syscall.SIGKILL},
+		})
+		started <- err
+		if err == nil {
+			<-l.over
+			l.process.Kill()
+			l.process.Wait()
 		}
-		c := r.idle[i]
-		r.idle = slices.Delete(r.idle, i, i+1)
-		c.binding.Wait()
-		if c.unbound == nil && c.waits() {
-			return c
-		}
-		c.dismiss()
+	})
+	if err := <-started; err != nil {
+		l.socket.Close()
+		l.ended.Wait()
+		return nil, err
+	}
+	l.binding.Go(l.bind)
+	return l, nil
+}
+
+// bind puts the launcher into the cgroups of its role.
+func (l *running) bind() {
+	l.bounds, l.nodes, l.unbound = Process{Limits: l.role.limits, Insecure: l.role.insecure}.bound()
+	if l.unbound != nil {
+		return
+	}
+	err := l.bounds.put(l.process.Pid)
+	if err != nil && l.role.limits != (Limits{}) {
+		l.unbound = &SetupError{Step: "limit", Err: err}
+	} else if err != nil {
+		l.nodes = false
 	}
 }
 
-// waits says whether an idle child is alive: a dead one has closed its report.
-func (c *running) waits() bool {
-	raw, err := c.report.SyscallConn()
+// waits says whether a launcher is alive: a dead one has closed its end.
+func (l *running) waits() bool {
+	raw, err := l.socket.SyscallConn()
 	if err != nil {
 		return false
 	}
@@ -93,20 +213,125 @@ func (c *running) waits() bool {
 	return rawErr == nil && errors.Is(err, syscall.EAGAIN)
 }
 
-// dismiss ends a child that no process was attached to.
-func (c *running) dismiss() {
-	c.binding.Wait()
-	c.process.Kill()
-	c.process.Wait()
-	c.close()
+// patience is how long a launcher may take to end its process before it is ended itself.
+const patience = time.Second
+
+// run lets the launcher run one process and waits for that to end. When the context ends, so do they.
+func (l *running) run(ctx context.Context, h *handover, out *outputs) (a answer, err error) {
+	raw, err := l.socket.SyscallConn()
+	if err != nil {
+		return a, err
+	}
+	over := make(chan struct{})
+	defer close(over)
+	stop := context.AfterFunc(ctx, func() {
+		raw.Control(func(fd uintptr) { unix.Shutdown(int(fd), unix.SHUT_WR) })
+		select {
+		case <-over:
+		case <-time.After(patience):
+			l.process.Kill()
+		}
+	})
+	defer stop()
+	rights := unix.UnixRights(int(out.stdout.Fd()), int(out.stderr.Fd()))
+	werr := raw.Write(func(fd uintptr) bool {
+		err = unix.Sendmsg(int(fd), []byte{starting}, rights, nil, unix.MSG_NOSIGNAL)
+		return err != unix.EAGAIN && err != unix.EINTR
+	})
+	out.start()
+	if err = errors.Join(err, werr); err != nil {
+		return a, err
+	}
+	if err := send(l.socket, h); err != nil {
+		return a, err
+	}
+	return a, receive(l.socket, &a)
 }
 
-// Close ends the children that wait. The Runner can be used again.
-func (r *Runner) Close() {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	for _, c := range r.idle {
-		c.dismiss()
+// end ends the launcher and what it runs.
+func (l *running) end() {
+	l.binding.Wait()
+	close(l.over)
+	l.ended.Wait()
+	l.socket.Close()
+	l.bounds.close()
+}
+
+// outputs are the pipes of what a process prints.
+type outputs struct {
+	stdout, stderr *os.File // its ends, until start
+	null           *os.File
+	pipes          []*output
+}
+
+// newOutputs makes them. Standard error goes where standard output goes if the writers are the same.
+func newOutputs(p Process) (o *outputs, err error) {
+	o = &outputs{}
+	if o.null, err = os.OpenFile(os.DevNull, os.O_RDWR, 0); err != nil {
+		return nil, err
 	}
-	r.idle = nil
+	o.stdout, o.stderr = o.null, o.null
+	add := func(to io.Writer) *os.File {
+		if to == nil || err != nil {
+			return o.null
+		}
+		var r, w *os.File
+		if r, w, err = os.Pipe(); err != nil {
+			return o.null
+		}
+		o.pipes = append(o.pipes, &output{from: r, to: to, done: make(chan struct{})})
+		return w
+	}
+	o.stdout = add(p.Stdout)
+	if same(p.Stdout, p.Stderr) {
+		o.stderr = o.stdout
+	} else {
+		o.stderr = add(p.Stderr)
+	}
+	if err != nil {
+		o.leave()
+		o.close()
+		return nil, err
+	}
+	return o, nil
+}
+
+// start begins to read, once the process has its ends or never will.
+func (o *outputs) start() {
+	o.leave()
+	for _, p := range o.pipes {
+		go p.pump()
+	}
+}
+
+// leave closes the ends of the process.
+func (o *outputs) leave() {
+	for _, f := range []*os.File{o.stdout, o.stderr, o.null} {
+		f.Close() // those closed before say so, and that is all
+	}
+}
+
+// finish waits until all output is written. With its first process the whole
+// pid namespace is gone, so all there will ever be is in the pipes.
+func (o *outputs) finish() {
+	for _, p := range o.pipes {
+		p.finish()
+	}
+}
+
+// written turns an end that looked like success into an error if the output
+// did not reach its writer.
+func (o *outputs) written(err error) error {
+	for _, p := range o.pipes {
+		if err == nil && p.err != nil {
+			err = fmt.Errorf("write output: %w", p.err)
+		}
+	}
+	return err
+}
+
+func (o *outputs) close() {
+	for _, p := range o.pipes {
+		p.from.Close()
+	}
 }

@@ -3,17 +3,21 @@ package sandbox
 import (
 	"bytes"
 	"os"
+	"strconv"
 	"testing"
 
-	"filo/builder/sandbox/seccomp"
-
 	"golang.org/x/sys/unix"
+
+	"filo/builder/sandbox/seccomp"
 )
 
-// TestRunnerAhead runs processes that each have a child started for the next: that one becomes it, a dead one does not,
-// and neither does one with other namespaces; none is left in the end.
-func TestRunnerAhead(t *testing.T) {
+// TestRunnerAgain runs processes of one launcher one after the other, with a network and without, that fail and that
+// cannot start; one that died is replaced, a limited one has another after it, and none is left in the end.
+func TestRunnerAgain(t *testing.T) {
 	box := newBox(t)
+	if box.process().Ground.Name == groundChroot {
+		t.Skip("no launchers on the chroot ground")
+	}
 	r := Runner{Filter: seccomp.Docker}
 	defer r.Close()
 	run := func(p Process, more bool) {
@@ -28,29 +32,40 @@ func TestRunnerAhead(t *testing.T) {
 	say := box.process("pwd")
 	run(say, true)
 	if len(r.idle) != 1 {
-		t.Fatalf("%d children wait, not 1", len(r.idle))
+		t.Fatalf("%d launchers wait, not 1", len(r.idle))
 	}
 	first := r.idle[0].process.Pid
-	offline := say
+	offline, broken, bad := say, say, say
 	offline.Network = NetworkNone
-	run(offline, false)
+	broken.Args = []string{"/nosuch"}
+	bad.Dir = "/bin/inside/x"
+	for range 3 {
+		if !inUserNamespace() { // there, no way leads home from a network that is one's own
+			run(offline, false)
+		}
+		for _, p := range []Process{broken, bad} {
+			if err := r.Run(t.Context(), p, false); err == nil {
+				t.Fatalf("%q ran", p.Args)
+			}
+			os.RemoveAll(box.root.Work + "/work")
+		}
+		run(say, false)
+	}
 	if len(r.idle) != 1 || r.idle[0].process.Pid != first {
-		t.Fatal("the child of a process with a network became one without")
+		t.Fatal("another launcher than the first one ran some of these")
 	}
-	run(say, false)
-	if len(r.idle) != 0 {
-		t.Fatal("the child that waited was not taken")
+	fds, err := os.ReadDir("/proc/" + strconv.Itoa(first) + "/fd")
+	if err != nil || len(fds) > 10 {
+		t.Errorf("the launcher has %d files open, %v", len(fds), err)
 	}
-	if err := unix.Kill(first, 0); err != unix.ESRCH {
-		t.Errorf("the first child: %v", err)
-	}
-	run(say, true)
 	r.idle[0].process.Kill()
-	unix.Waitid(unix.P_PID, r.idle[0].process.Pid, nil, unix.WEXITED|unix.WNOWAIT, nil)
+	unix.Waitid(unix.P_PID, first, nil, unix.WEXITED|unix.WNOWAIT, nil)
 	run(say, true)
 	last := r.idle[0].process.Pid
 	r.Close()
-	if err := unix.Kill(last, 0); err != unix.ESRCH || len(r.idle) != 0 {
-		t.Errorf("after Close %d children wait; the last one: %v", len(r.idle), err)
+	for _, pid := range []int{first, last} {
+		if err := unix.Kill(pid, 0); err != unix.ESRCH || len(r.idle) != 0 {
+			t.Errorf("after Close %d launchers wait; %d: %v", len(r.idle), pid, err)
+		}
 	}
 }

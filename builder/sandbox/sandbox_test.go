@@ -838,23 +838,42 @@ type writerFunc func(b []byte) (int, error)
 
 func (f writerFunc) Write(b []byte) (int, error) { return f(b) }
 
+// TestRunKilled kills a process, as the kernel does when memory runs out, and one's launcher.
 func TestRunKilled(t *testing.T) {
 	b := newBox(t)
-	p := b.process("sleep")
-	started := make(chan bool, 1)
-	p.Stdout = writerFunc(func(b []byte) (int, error) {
-		started <- true
-		return len(b), nil
-	})
-	done := make(chan error)
-	go func() { done <- run(t.Context(), p) }()
-	<-started
-	for _, pid := range children(t, os.Getpid()) {
-		syscall.Kill(pid, syscall.SIGKILL)
+	sleeping := func() (done chan error, launcher, process int) {
+		p := b.process("sleep")
+		started := make(chan bool, 1)
+		p.Stdout = writerFunc(func(b []byte) (int, error) {
+			started <- true
+			return len(b), nil
+		})
+		done = make(chan error)
+		go func() { done <- run(t.Context(), p) }()
+		<-started
+		launcher = children(t, os.Getpid())[0]
+		return done, launcher, children(t, launcher)[0]
 	}
+	done, _, process := sleeping()
+	syscall.Kill(process, syscall.SIGKILL)
 	var exit *ExitError
 	if err := <-done; !errors.As(err, &exit) || exit.Code != 137 || exit.Signal != syscall.SIGKILL {
 		t.Errorf("got %#v", err)
+	}
+	os.RemoveAll(b.root.Work + "/work")
+	done, launcher, process := sleeping()
+	pidfd, err := unix.PidfdOpen(process, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(pidfd)
+	syscall.Kill(launcher, syscall.SIGKILL)
+	var setup *SetupError
+	if err := <-done; !errors.As(err, &setup) {
+		t.Errorf("got %#v", err)
+	}
+	if n, err := unix.Poll([]unix.PollFd{{Fd: int32(pidfd), Events: unix.POLLIN}}, 60_000); n != 1 {
+		t.Errorf("the process lives on without its launcher: %v", err)
 	}
 }
 
@@ -955,5 +974,7 @@ func TestRunParallel(t *testing.T) {
 
 // run runs one process under Docker's filter.
 func run(ctx context.Context, p Process) error {
-	return (&Runner{Filter: seccomp.Docker}).Run(ctx, p, false)
+	r := Runner{Filter: seccomp.Docker}
+	defer r.Close()
+	return r.Run(ctx, p, false)
 }

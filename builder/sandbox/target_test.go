@@ -322,7 +322,7 @@ func TestOverlayClassic(t *testing.T) {
 	cmd := exec.Command(self)
 	cmd.Args = []string{classicName}
 	cmd.Env = []string{boxEnv + "=" + b.dir}
-	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: namespaces(false)}
+	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNS | syscall.CLONE_NEWPID | syscall.CLONE_NEWIPC | syscall.CLONE_NEWUTS}
 	if out, err := cmd.CombinedOutput(); err != nil {
 		t.Fatalf("%v: %s", err, out)
 	}

@@ -3,13 +3,71 @@ package sandbox
 import (
 	"encoding/binary"
 	"errors"
+	"io"
 	"math"
 	"reflect"
+
+	"golang.org/x/sys/unix"
 )
 
 // What goes through the pipes between filo and its children is written by encode and read by decode, which the same
 // program does. It is no package of the library's: those that take any string initialize, and compile types, for longer
 // than the rest of a child's life.
+
+// send writes what v points to as one message, its length first.
+func send(w io.Writer, v any) error {
+	const size = 8
+	b := encode(make([]byte, size), reflect.ValueOf(v))
+	binary.NativeEndian.PutUint64(b, uint64(len(b)-size))
+	_, err := w.Write(b)
+	return err
+}
+
+// receive reads a message into what v points to. At the end of all it is io.EOF.
+func receive(r io.Reader, v any) error {
+	var size [8]byte
+	if _, err := io.ReadFull(r, size[:]); err != nil {
+		return err
+	}
+	b := make([]byte, binary.NativeEndian.Uint64(size[:]))
+	if _, err := io.ReadFull(r, b); err != nil {
+		return err
+	}
+	_, err := decode(b, reflect.ValueOf(v))
+	return err
+}
+
+// fd is an open file that Go's poller knows nothing of.
+type fd int
+
+// Read is read(2).
+func (f fd) Read(b []byte) (int, error) {
+	for {
+		n, err := unix.Read(int(f), b)
+		switch {
+		case err == unix.EINTR:
+			continue
+		case err != nil:
+			return 0, err
+		case n == 0 && len(b) > 0:
+			return 0, io.EOF
+		}
+		return n, nil
+	}
+}
+
+// Write is write(2), of all of b.
+func (f fd) Write(b []byte) (int, error) {
+	done := 0
+	for done < len(b) {
+		n, err := unix.Write(int(f), b[done:])
+		if err != nil && err != unix.EINTR {
+			return done, err
+		}
+		done += max(n, 0)
+	}
+	return done, nil
+}
 
 // encode appends a value to b: its fields, or elements after their number, one after the other. Interfaces and functions
 // are left out.

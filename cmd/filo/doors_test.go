@@ -32,6 +32,7 @@ var floors = map[string]int{
 	"builder/source":          1,
 	"layer":                   1,
 	"builder/sandbox":         0,
+	"builder/sandbox/nofile":  -1,
 	"builder/sandbox/seccomp": 0,
 	"layer/registry":          0,
 	"layer/rootfs":            0,
@@ -78,13 +79,13 @@ var exceptions = map[string][]string{
 
 // goFiles are the files that start goroutines; each one has an owner there that waits for it.
 var goFiles = map[string]bool{
-	"cmd/filo/main.go":           true, // waits for a signal, until run returns
-	"cmd/filo/terminal.go":       true, // redraws, until the display is closed
-	"cmd/filo/ssh.go":            true, // answers an ssh client, until it hangs up
-	"builder/sandbox/enter.go":   true, // passes signals on, until the process ends
-	"builder/sandbox/sandbox.go": true, // reads a process's output, until Run has seen its end
-	"layer/compress.go":          true, // reads ahead, until Close
-	"layer/estargz.go":           true, // compresses, until Close
+	"cmd/filo/main.go":          true, // waits for a signal, until run returns
+	"cmd/filo/terminal.go":      true, // redraws, until the display is closed
+	"cmd/filo/ssh.go":           true, // answers an ssh client, until it hangs up
+	"builder/sandbox/enter.go":  true, // passes signals on, until the process ends
+	"builder/sandbox/runner.go": true, // reads a process's output, until Run has seen its end
+	"layer/compress.go":         true, // reads ahead, until Close
+	"layer/estargz.go":          true, // compresses, until Close
 }
 
 // room is a package directory with its non-test files.
