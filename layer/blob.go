@@ -201,12 +201,7 @@ func (s *Store) recompress(ctx context.Context, l Layer, d ocispec.Descriptor, c
 		return err
 	}
 	defer src.Close()
-	dir, err := s.Temp("blob-")
-	if err != nil {
-		return err
-	}
-	defer removeAll(dir)
-	out, err := s.newBlobFile(dir, c)
+	out, err := s.newBlobFile(c)
 	if err != nil {
 		return err
 	}
@@ -218,11 +213,7 @@ func (s *Store) recompress(ctx context.Context, l Layer, d ocispec.Descriptor, c
 	if sum := digest.NewDigest(digest.SHA256, diff); sum != l.DiffID {
 		return fmt.Errorf("blob %s holds %s", d.Digest, sum)
 	}
-	b, err := out.finish()
-	if err != nil {
-		return err
-	}
-	return s.putLayerBlob(ctx, l, out.path(), b)
+	return s.finishBlob(ctx, l, out)
 }
 
 // OpenBlob opens a stored or promised blob for reading and returns its size;
@@ -348,13 +339,25 @@ func (s *Store) readBlobs(l Layer) []storedBlob {
 	return valid
 }
 
-// putLayerBlob moves a finished file to its place and notes it as a blob of l.
+// finishBlob finishes a blob of l and puts it where it belongs.
+func (s *Store) finishBlob(ctx context.Context, l Layer, f *blobFile) error {
+	b, err := f.finish()
+	if err == nil {
+		err = s.putLayerBlob(ctx, l, f.file.Name(), b)
+	}
+	f.put = err == nil
+	return err
+}
+
+// putLayerBlob moves a finished file to its place, or removes it if there is one already, and notes it as a blob of l.
 func (s *Store) putLayerBlob(ctx context.Context, l Layer, file string, b storedBlob) error {
 	if !s.hasBlob(b.Descriptor) { // one that is there may have reached the disk already, where this one has not
 		s.stamp(file)
 		if err := os.Rename(file, s.blobPath(b.Descriptor.Digest)); err != nil {
 			return err
 		}
+	} else if err := os.Remove(file); err != nil {
+		return err
 	}
 	if err := s.noteTwin(ctx, b.Descriptor); err != nil {
 		return err
@@ -414,25 +417,27 @@ type blobFile struct {
 	hash hash.Hash
 	size int64
 	sent int64 // bytes on their way to the disk
-	done bool
+	done bool  // all is written
+	put  bool  // it is where it belongs
 }
 
 // writeBehind is how many bytes of a blob wait to be written to the disk at most. The end of a build, which waits for
 // all of them, need not begin with gigabytes then.
 const writeBehind = 8 << 20
 
-func (s *Store) newBlobFile(dir string, c Compression) (*blobFile, error) {
+func (s *Store) newBlobFile(c Compression) (*blobFile, error) {
 	c, err := c.normal()
 	if err != nil {
 		return nil, err
 	}
-	f, err := os.Create(filepath.Join(dir, "blob"))
+	f, err := os.CreateTemp(s.tmp, "blob-")
 	if err != nil {
 		return nil, err
 	}
 	b := &blobFile{file: f, c: c, hash: sha256.New()}
-	if b.z, err = s.compressor(c, writerFunc(b.put)); err != nil {
+	if b.z, err = s.compressor(c, writerFunc(b.write)); err != nil {
 		f.Close()
+		os.Remove(f.Name())
 		return nil, err
 	}
 	return b, nil
@@ -442,7 +447,7 @@ type writerFunc func([]byte) (int, error)
 
 func (f writerFunc) Write(p []byte) (int, error) { return f(p) }
 
-func (b *blobFile) put(p []byte) (int, error) {
+func (b *blobFile) write(p []byte) (int, error) {
 	b.hash.Write(p)
 	b.size += int64(len(p))
 	n, err := b.file.Write(p)
@@ -456,8 +461,6 @@ func (b *blobFile) put(p []byte) (int, error) {
 
 // Write takes uncompressed bytes.
 func (b *blobFile) Write(p []byte) (int, error) { return b.z.Write(p) }
-
-func (b *blobFile) path() string { return b.file.Name() }
 
 func (b *blobFile) finish() (storedBlob, error) {
 	b.done = true
@@ -475,14 +478,16 @@ func (b *blobFile) finish() (storedBlob, error) {
 	return storedBlob{b.c.Algorithm, b.c.Level, d}, nil
 }
 
-// close gives up an unfinished blob; it ends the compressor's goroutines.
+// close gives up a blob that was put nowhere; it ends the compressor's goroutines.
 func (b *blobFile) close() {
-	if b.done {
-		return
+	if !b.done {
+		b.done = true
+		_ = b.z.Close()
+		_ = b.file.Close()
 	}
-	b.done = true
-	_ = b.z.Close()
-	_ = b.file.Close()
+	if !b.put {
+		_ = os.Remove(b.file.Name())
+	}
 }
 
 var errMismatch = errors.New("content does not match its digest")

@@ -31,6 +31,7 @@ type Overlay struct {
 	Root  string // with other storage than overlay, instead of all these: a directory with the files of all layers, to be changed in place
 
 	dir    string
+	kept   bool // the upper became a layer
 	view   *View
 	stubs  map[string]Entry // what the top lower has that no layer has
 	merged *merged          // of which Root is; nil after Snapshot
@@ -67,11 +68,16 @@ func (s *Store) Overlay(ctx context.Context, layers []Layer, points []MountPoint
 
 // Close throws the upper directory away, unless it became a layer. That may go on after it returns, until the store is
 // closed. It may be called again.
+//
+// Of an upper that became a layer a few empty directories are left. They go with the store: ext4 does not use an inode
+// again soon after it was freed, but looks at it each time it needs one, which made half of what a short step writes.
 func (o *Overlay) Close() error {
 	if o.Root != "" {
 		return o.closeMerged()
 	}
-	o.view.store.discard(o.dir)
+	if !o.kept {
+		o.view.store.discard(o.dir)
+	}
 	return nil
 }
 
@@ -81,8 +87,13 @@ func (s *Store) trees(ctx context.Context, layers []Layer) ([]string, error) {
 	g, ctx := errgroup.WithContext(ctx)
 	g.SetLimit(parallel)
 	for i, l := range layers {
+		at := &trees[len(layers)-1-i]
+		if s.isWhole(l) { // as most are but in the first step
+			*at = s.treePath(l)
+			continue
+		}
 		g.Go(func() (err error) {
-			trees[len(layers)-1-i], err = s.Tree(ctx, l)
+			*at, err = s.Tree(ctx, l)
 			return err
 		})
 	}

@@ -231,9 +231,22 @@ func TestOverlayOfNothing(t *testing.T) {
 	if err := o.Close(); err != nil {
 		t.Error(err)
 	}
+	if _, err := os.Lstat(o.Upper); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("after Close the upper is %v", err)
+	}
+	failed := overlayOf(t, s, nil)
+	if err := failed.Close(); err != nil {
+		t.Error(err)
+	}
 	s.discards.Wait()
+	if _, err := os.Lstat(failed.dir); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("after Close without Snapshot: %v", err)
+	}
+	if err := s.Close(); err != nil {
+		t.Error(err)
+	}
 	if _, err := os.Lstat(o.dir); !errors.Is(err, fs.ErrNotExist) {
-		t.Errorf("after Close: %v", err)
+		t.Errorf("after the store was closed: %v", err)
 	}
 }
 

@@ -39,6 +39,7 @@ func (s *Store) Snapshot(ctx context.Context, o *Overlay, sinks Sinks) (Layer, e
 	if err != nil {
 		return Layer{}, fmt.Errorf("snapshot: %w", err)
 	}
+	o.kept = true
 	return l, nil
 }
 

@@ -72,10 +72,7 @@ func (s *Store) treeOrigin() treeOrigin {
 
 // hasTree says whether there is a tree of l that was made since the last boot and that nobody wrote to.
 func (s *Store) hasTree(l Layer) bool {
-	s.mu.Lock()
-	known := s.whole[l.DiffID]
-	s.mu.Unlock()
-	if known {
+	if s.isWhole(l) {
 		return true
 	}
 	made, err := s.readOrigin(l)
@@ -93,6 +90,13 @@ func (s *Store) hasTree(l Layer) bool {
 	}
 	s.trustTree(l)
 	return true
+}
+
+// isWhole says whether the tree of l is known to be what it should.
+func (s *Store) isWhole(l Layer) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.whole[l.DiffID]
 }
 
 func (s *Store) trustTree(l Layer) {

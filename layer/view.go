@@ -51,6 +51,9 @@ func (s *Store) View(ctx context.Context, layers []Layer) (*View, error) {
 	g, ctx := errgroup.WithContext(ctx)
 	g.SetLimit(parallel)
 	for i, l := range v.layers {
+		if v.indexes[i] = s.cachedIndex(l); v.indexes[i] != nil {
+			continue
+		}
 		g.Go(func() (err error) {
 			v.indexes[i], err = s.index(ctx, l)
 			return err

@@ -34,7 +34,7 @@ type Writer struct {
 	s     *Store
 	ctx   context.Context // of Create: a Writer is one operation
 	epoch *int64
-	dir   string // holds what is unfinished; "" for an index alone
+	dir   string // holds an unfinished tree, "" for none
 
 	tar   *tar.Writer
 	out   *bufio.Writer
@@ -74,14 +74,14 @@ func (s *Store) newWriter(ctx context.Context, k Sinks, adopt string) (*Writer, 
 		diff: sha256.New(), file: sha256.New(),
 	}
 	var err error
-	if k.Blob != nil || k.Tree {
+	if k.Tree {
 		if w.dir, err = s.Temp("layer-"); err != nil {
 			return nil, fmt.Errorf("create layer: %w", err)
 		}
 	}
 	var sink io.Writer = w.diff
 	if k.Blob != nil {
-		if w.blob, err = s.newBlobFile(w.dir, *k.Blob); err != nil {
+		if w.blob, err = s.newBlobFile(*k.Blob); err != nil {
 			w.Abort()
 			return nil, fmt.Errorf("create layer: %w", err)
 		}
@@ -284,11 +284,7 @@ func (w *Writer) close() (Layer, error) {
 		}
 	}
 	if w.blob != nil {
-		b, err := w.blob.finish()
-		if err != nil {
-			return Layer{}, err
-		}
-		if err := w.s.putLayerBlob(w.ctx, l, w.blob.path(), b); err != nil {
+		if err := w.s.finishBlob(w.ctx, l, w.blob); err != nil {
 			return Layer{}, err
 		}
 	}
