@@ -8,6 +8,7 @@ import (
 	"reflect"
 	"strconv"
 	"syscall"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 )
@@ -157,16 +158,29 @@ func (q *sequence) run() (a answer, err error) {
 func await(pidfd int) {
 	fds := []unix.PollFd{{Fd: int32(pidfd), Events: unix.POLLIN}, {Fd: socketFD, Events: unix.POLLRDHUP}}
 	for {
-		_, err := unix.Poll(fds, -1)
-		if err != nil && err != unix.EINTR {
+		if err := poll(fds); err != nil {
 			return // wait4 waits as well
 		}
-		if err == nil && fds[0].Revents != 0 {
+		if fds[0].Revents != 0 {
 			return
 		}
-		if err == nil && len(fds) == 2 && fds[1].Revents != 0 {
+		if len(fds) == 2 && fds[1].Revents != 0 {
 			_ = unix.PidfdSendSignal(pidfd, unix.SIGKILL, nil, 0) // there is only one reason: it is dead
 			fds = fds[:1]
+		}
+	}
+}
+
+// poll is ppoll(2) without a limit of time. All that takes long is waited for here, so that Go's scheduler does not notice:
+// it would look every 20 microseconds whether there is something else to do, and there never is.
+func poll(fds []unix.PollFd) error {
+	for {
+		_, _, errno := unix.RawSyscall6(unix.SYS_PPOLL, uintptr(unsafe.Pointer(&fds[0])), uintptr(len(fds)), 0, 0, 0, 0)
+		if errno == 0 {
+			return nil
+		}
+		if errno != unix.EINTR {
+			return errno
 		}
 	}
 }
@@ -216,6 +230,9 @@ func openFiles(first int) (fds []int) {
 // receiveOrder reads what filo sends: the files for standard output and standard error, and a handover.
 func receiveOrder(socket fd) (*handover, [2]int, error) {
 	var files [2]int
+	if err := poll([]unix.PollFd{{Fd: int32(socket), Events: unix.POLLIN}}); err != nil {
+		return nil, files, err
+	}
 	b, rights := make([]byte, 1), make([]byte, unix.CmsgSpace(4*len(files)))
 	var n, rn int
 	for {
