@@ -240,6 +240,23 @@ func (s *Store) OpenBlob(ctx context.Context, dgst digest.Digest) (io.ReadCloser
 	return s.openStored(ctx, dgst)
 }
 
+// Obtain sees that a blob is in the store: a promised one is fetched and verified. An unknown blob is an error that wraps
+// fs.ErrNotExist.
+func (s *Store) Obtain(ctx context.Context, dgst digest.Digest) error {
+	if err := checkDigest(dgst); err != nil {
+		return fmt.Errorf("obtain blob: %w", err)
+	}
+	if info, err := os.Lstat(s.blobPath(dgst)); err == nil {
+		s.used(s.blobPath(dgst), info)
+		return nil
+	}
+	r, _, err := s.OpenBlob(ctx, dgst)
+	if err != nil {
+		return err
+	}
+	return r.Close()
+}
+
 func (s *Store) openStored(ctx context.Context, dgst digest.Digest) (io.ReadCloser, int64, error) {
 	path := s.blobPath(dgst)
 	f, err := os.Open(path)

@@ -6,10 +6,10 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
-	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 )
 
@@ -22,8 +22,8 @@ import (
 // true, for every process; and who copies it elsewhere has its own disk to wait for.
 const onDisk fs.FileMode = 0o444
 
-// syncs bounds how many files are waited for at once: a file system writes several with one commit.
-const syncs = 8
+// syncs bounds how many files are open at once to be waited for.
+const syncs = 256
 
 // Durable returns when no power cut can take the blobs any more, nor their names. Blobs that are not here are left out:
 // images may be stored in part.
@@ -48,28 +48,23 @@ func (s *Store) settle(ctx context.Context, dir string, files []string) error {
 	if len(files) == 0 {
 		return nil
 	}
-	g, ctx := errgroup.WithContext(ctx)
-	g.SetLimit(syncs)
-	for _, f := range files {
-		g.Go(func() error {
-			if ctx.Err() != nil {
-				return context.Cause(ctx)
-			}
-			return syncFile(f)
-		})
-	}
-	if err := g.Wait(); err != nil {
-		return err
+	for some := range slices.Chunk(files, syncs) {
+		if ctx.Err() != nil {
+			return context.Cause(ctx)
+		}
+		if err := Sync(some...); err != nil {
+			return err
+		}
 	}
 	for ; ; dir = filepath.Dir(dir) {
-		if err := syncFile(filepath.Join(s.dir, dir)); err != nil {
+		if err := Sync(filepath.Join(s.dir, dir)); err != nil {
 			return err
 		}
 		if dir == "." {
 			break
 		}
 	}
-	if err := syncFile(filepath.Dir(s.dir)); err != nil && !errors.Is(err, fs.ErrPermission) {
+	if err := Sync(filepath.Dir(s.dir)); err != nil && !errors.Is(err, fs.ErrPermission) {
 		return err
 	}
 	for _, f := range files {
@@ -78,17 +73,29 @@ func (s *Store) settle(ctx context.Context, dir string, files []string) error {
 	return nil
 }
 
-// syncFile waits until a file or directory is on the disk.
-func syncFile(path string) error {
-	f, err := os.Open(path)
-	if err != nil {
-		return err
+// Sync waits until files and directories are on the disk. First all are on their way: then the file system gives all of
+// them their place in one commit, which the first one waits for. File systems that cannot do that are passed over.
+func Sync(paths ...string) (err error) {
+	var open []*os.File
+	defer func() {
+		for _, f := range open {
+			err = errors.Join(err, f.Close())
+		}
+	}()
+	for _, path := range paths {
+		f, err := os.Open(path)
+		if err != nil {
+			return err
+		}
+		open = append(open, f)
+		_ = unix.SyncFileRange(int(f.Fd()), 0, 0, unix.SYNC_FILE_RANGE_WRITE) // only a hint
 	}
-	err = f.Sync()
-	if errors.Is(err, unix.EINVAL) {
-		err = nil // a file system that cannot
+	for _, f := range open {
+		if err := f.Sync(); err != nil && !errors.Is(err, unix.EINVAL) {
+			return err
+		}
 	}
-	return errors.Join(err, f.Close())
+	return nil
 }
 
 // PromiseStored says that the blob d, if it is in the store, holds l: should no file of l's own say so any more, l can be

@@ -289,11 +289,10 @@ func (e Exporter) fetch(ctx context.Context, g *image.Graph) error {
 	group.SetLimit(4)
 	for _, b := range g.Blobs {
 		group.Go(func() error {
-			r, _, err := e.Store.OpenBlob(ctx, b.Digest)
-			if err != nil {
+			if err := e.Store.Obtain(ctx, b.Digest); err != nil {
 				return fmt.Errorf("blob %s: %w", b.Digest, err)
 			}
-			return r.Close()
+			return nil
 		})
 	}
 	return group.Wait()

@@ -14,7 +14,6 @@ import (
 	"path"
 	"path/filepath"
 	"slices"
-	"syscall"
 	"time"
 
 	"github.com/distribution/reference"
@@ -24,6 +23,7 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"filo/builder/image"
+	"filo/layer"
 )
 
 // lockPoll is how often a layout that another process writes is tried again.
@@ -164,6 +164,7 @@ func (e Exporter) layoutTar(ctx context.Context, w io.Writer, small map[string][
 // layoutDir adds the image to the layout in a directory, which is made if it is missing. Blobs come first;
 // index.json, replaced last, makes the image visible. No power cut takes it then.
 func (e Exporter) layoutDir(ctx context.Context, dir string, p plan, root ocispec.Descriptor, g *image.Graph) error {
+	_, missing := os.Lstat(dir)
 	if err := os.MkdirAll(filepath.Join(dir, "blobs", "sha256"), 0o755); err != nil {
 		return err
 	}
@@ -181,24 +182,40 @@ func (e Exporter) layoutDir(ctx context.Context, dir string, p plan, root ocispe
 			return err
 		}
 	}
-	if err := checkLayout(dir); err != nil {
-		return err
-	}
-	if err := syncDirs(filepath.Join(dir, "blobs", "sha256"), filepath.Join(dir, "blobs")); err != nil {
-		return err
-	}
-	idx, err := addEntries(filepath.Join(dir, ocispec.ImageIndexFile), root, p.names)
+	name := filepath.Join(dir, ocispec.ImageIndexFile)
+	idx, err := addEntries(name, root, p.names)
 	if err != nil {
 		return err
 	}
-	err = replaceFile(filepath.Join(dir, ocispec.ImageIndexFile), func(w io.Writer) error {
-		_, err := w.Write(idx)
-		return err
-	})
+	// The disk is waited for twice: for all that the new index.json needs, and for that.
+	mark, err := layoutFile(dir)
 	if err != nil {
 		return err
 	}
-	return syncDirs(dir, filepath.Dir(dir))
+	defer mark.drop()
+	index, err := newFile(name, idx)
+	if err != nil {
+		return err
+	}
+	defer index.drop()
+	before := []string{filepath.Join(dir, "blobs", "sha256"), filepath.Join(dir, "blobs"), index.tmp}
+	if mark != nil {
+		before = append(before, mark.tmp)
+	}
+	err = syncAll(before...)
+	if err == nil {
+		err = mark.put()
+	}
+	if err == nil {
+		err = index.put()
+	}
+	if err == nil {
+		err = syncAll(dir)
+	}
+	if err == nil && missing != nil {
+		err = syncAll(filepath.Dir(dir))
+	}
+	return err
 }
 
 func digests(list []ocispec.Descriptor) []digest.Digest {
@@ -209,15 +226,12 @@ func digests(list []ocispec.Descriptor) []digest.Digest {
 	return out
 }
 
-// checkLayout writes oci-layout or sees that the one that is there is of a version we know.
-func checkLayout(dir string) error {
+// layoutFile makes oci-layout, or sees that the one that is there is of a version we know and returns nil.
+func layoutFile(dir string) (*fresh, error) {
 	name := filepath.Join(dir, ocispec.ImageLayoutFile)
 	data, err := os.ReadFile(name)
 	if errors.Is(err, fs.ErrNotExist) {
-		return replaceFile(name, func(w io.Writer) error {
-			_, err := io.WriteString(w, layoutText)
-			return err
-		})
+		return newFile(name, []byte(layoutText))
 	}
 	var l ocispec.ImageLayout
 	if err == nil {
@@ -227,9 +241,9 @@ func checkLayout(dir string) error {
 		err = fmt.Errorf("unknown version %q", l.Version)
 	}
 	if err != nil {
-		return fmt.Errorf("read %s: %w", name, err)
+		return nil, fmt.Errorf("read %s: %w", name, err)
 	}
-	return nil
+	return nil, nil
 }
 
 // addEntries returns an index.json with the image added; entries of the same names give way. A nameless
@@ -304,49 +318,80 @@ func (o Output) stream(write func(io.Writer) error) error {
 	if err := replaceFile(dest, write); err != nil {
 		return err
 	}
-	return syncDirs(filepath.Dir(dest))
+	return syncAll(filepath.Dir(dest))
 }
 
-// syncDirs waits until the names in directories are on the disk.
-func syncDirs(dirs ...string) error {
-	for _, dir := range dirs {
-		d, err := os.Open(dir)
-		if errors.Is(err, fs.ErrPermission) {
-			continue // one may write where one may not look
+// syncAll waits until files, and the names in directories, are on the disk.
+func syncAll(paths ...string) error {
+	return layer.Sync(slices.DeleteFunc(paths, func(p string) bool {
+		info, err := os.Lstat(p)
+		if err != nil || !info.IsDir() {
+			return false
 		}
-		if err != nil {
-			return err
+		d, err := os.Open(p)
+		if err == nil {
+			d.Close()
 		}
-		err = d.Sync()
-		if errors.Is(err, syscall.EINVAL) {
-			err = nil // a file system that cannot
-		}
-		if err := errors.Join(err, d.Close()); err != nil {
-			return err
-		}
-	}
-	return nil
+		return errors.Is(err, fs.ErrPermission) // one may write where one may not look
+	})...)
 }
 
-// replaceFile makes a file appear whole or not at all, even to those who look after a power cut.
-func replaceFile(name string, write func(io.Writer) error) error {
-	tmp := beside(name)
-	f, err := os.OpenFile(tmp, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o666)
-	if err != nil {
+// fresh is a file that appears whole or not at all, even to those who look after a power cut. A nil one does nothing.
+type fresh struct{ tmp, name string }
+
+// newFile writes a file that will be name.
+func newFile(name string, data []byte) (*fresh, error) {
+	return writeFile(name, func(w io.Writer) error {
+		_, err := w.Write(data)
 		return err
+	})
+}
+
+func writeFile(name string, write func(io.Writer) error) (*fresh, error) {
+	n := &fresh{tmp: beside(name), name: name}
+	f, err := os.OpenFile(n.tmp, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o666)
+	if err != nil {
+		return nil, err
 	}
 	err = write(f)
-	if err == nil {
-		err = f.Sync()
-	}
 	if closeErr := f.Close(); err == nil {
 		err = closeErr
 	}
 	if err != nil {
-		os.Remove(tmp)
+		n.drop()
+		return nil, err
+	}
+	return n, nil
+}
+
+// put lets it appear. It must be on the disk by then.
+func (n *fresh) put() error {
+	if n == nil {
+		return nil
+	}
+	tmp := n.tmp
+	n.tmp = ""
+	return renamed(tmp, n.name)
+}
+
+// drop removes what was not put.
+func (n *fresh) drop() {
+	if n != nil && n.tmp != "" {
+		os.Remove(n.tmp)
+	}
+}
+
+// replaceFile makes a file appear.
+func replaceFile(name string, write func(io.Writer) error) error {
+	n, err := writeFile(name, write)
+	if err != nil {
 		return err
 	}
-	return renamed(tmp, name)
+	defer n.drop()
+	if err := syncAll(n.tmp); err != nil {
+		return err
+	}
+	return n.put()
 }
 
 func renamed(tmp, name string) error {

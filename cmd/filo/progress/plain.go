@@ -13,6 +13,7 @@ import (
 // floor long enough, and then comes under a header of its own.
 type plain struct {
 	w       io.Writer
+	text    bytes.Buffer // what is to be written next
 	now     func() time.Time
 	waiting []*block // has something to say, in the order of asking
 	blocks  map[*vertex]*block
@@ -51,17 +52,28 @@ func (p *plain) event(v *vertex, e builder.Event, lines []line) {
 	case builder.Started, builder.Log:
 	}
 	p.speak(b)
+	p.flush()
 }
 
 func (p *plain) tick() {
 	if p.floor == nil || p.now().Sub(p.since) >= patience {
 		p.next()
 	}
+	p.flush()
 }
 
 func (p *plain) close() {
 	for len(p.waiting) > 0 {
 		p.next()
+	}
+	p.flush()
+}
+
+// flush writes what was drawn, at once.
+func (p *plain) flush() {
+	if p.text.Len() > 0 {
+		p.w.Write(p.text.Bytes())
+		p.text.Reset()
 	}
 }
 
@@ -99,20 +111,20 @@ func (p *plain) next() {
 	}
 }
 
-// draw writes all of b and gives its vertex the floor for as long as it runs.
+// draw takes all of b and gives its vertex the floor for as long as it runs.
 func (p *plain) draw(b *block) {
 	if p.floor != b.v {
 		if p.floor != nil {
-			fmt.Fprintf(p.w, "#%d ...\n", p.floor.n)
+			fmt.Fprintf(&p.text, "#%d ...\n", p.floor.n)
 		}
 		if p.started {
-			fmt.Fprintln(p.w)
+			p.text.WriteByte('\n')
 		}
 		p.started = true
-		fmt.Fprintf(p.w, "#%d %s\n", b.v.n, b.v.name)
+		fmt.Fprintf(&p.text, "#%d %s\n", b.v.n, b.v.name)
 		p.floor, p.since = b.v, p.now()
 	}
-	p.w.Write(b.text.Bytes())
+	p.text.Write(b.text.Bytes())
 	delete(p.blocks, b.v)
 	for i, w := range p.waiting {
 		if w == b {
