@@ -48,11 +48,7 @@ func (w *walk) record(ctx context.Context) (attest.Record, error) {
 	w.inputs.mu.Lock()
 	r := w.inputs.all.With(attest.Record{}) // a copy, in order
 	w.inputs.mu.Unlock()
-	stages, err := w.file.Plan(w.req.Target)
-	if err != nil {
-		return r, err
-	}
-	for _, s := range stages {
+	for _, s := range w.plan {
 		run, err := w.stage(ctx, s)
 		if err != nil {
 			return r, err

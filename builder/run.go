@@ -70,6 +70,7 @@ func (b *build) network(op *dockerfile.Run) string {
 
 // run does a RUN on the layers below and returns the layer of what it changed.
 func (w *walk) run(ctx context.Context, v *vertex, r runStep, below []layer.Layer) (layer.Layer, error) {
+	w.runner.Expect(w.req.Ground, w.req.Limits, r.op.Insecure)
 	unpacked := v.phase(Unpacking)
 	err := w.Store.Prepare(ctx, below) // before View, which would read blobs for their indexes alone
 	unpacked()

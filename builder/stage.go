@@ -29,6 +29,7 @@ type walk struct {
 	*build
 	platform ocispec.Platform
 	file     *dockerfile.File
+	plan     []*dockerfile.Stage // what the target needs, and that last
 	target   *dockerfile.Stage
 	stages   *once[*dockerfile.Stage, *stageRun]
 	ship     func(*vertex, layer.Layer) // compresses a layer of the result while later steps run
@@ -177,7 +178,7 @@ func (w *walk) result(ctx context.Context) (*image.Image, error) {
 	if err != nil {
 		return nil, err
 	}
-	w.target = stages[len(stages)-1]
+	w.plan, w.target = stages, stages[len(stages)-1]
 	if w.file.FailOnWarnings() {
 		if err := w.check(ctx, stages); err != nil {
 			return nil, err

@@ -85,7 +85,17 @@ func (s *Store) Blob(ctx context.Context, l Layer, c Compression, force bool) (o
 	if err != nil {
 		return fail(err)
 	}
+	asked := wantedBlob{l.DiffID, want, c, force}
+	s.mu.Lock()
+	known, ok := s.blobs[asked]
+	s.mu.Unlock()
+	if ok && s.hasBlob(known) {
+		return known, nil
+	}
 	if d, ok := s.existingBlob(l, want, c, force); ok {
+		s.mu.Lock()
+		s.blobs[asked] = d
+		s.mu.Unlock()
 		return d, s.noteTwin(ctx, d)
 	}
 	unlock, err := s.Lock(ctx, "blob "+l.DiffID.String())
@@ -103,6 +113,13 @@ func (s *Store) Blob(ctx context.Context, l Layer, c Compression, force bool) (o
 		return d, nil
 	}
 	return fail(errors.New("blob vanished"))
+}
+
+// wantedBlob is what Blob was asked for.
+type wantedBlob struct {
+	diffID      digest.Digest
+	want, asked Compression
+	force       bool
 }
 
 func (s *Store) existingBlob(l Layer, c, asked Compression, force bool) (ocispec.Descriptor, bool) {

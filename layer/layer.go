@@ -80,12 +80,13 @@ type Store struct {
 
 	mu       sync.Mutex
 	indexes  map[digest.Digest]*index
-	promises map[digest.Digest][]promise // by diff ID
-	promised map[digest.Digest]Layer     // by blob digest
-	turns    map[string]chan struct{}    // the goroutines' half of Lock
-	whole    map[digest.Digest]bool      // trees known to be whole
-	verified map[digest.Digest]int64     // mtimes of blobs that were read and right
-	stubs    map[string]string           // directories of stubs, by what is in them
+	blobs    map[wantedBlob]ocispec.Descriptor // that were found or made
+	promises map[digest.Digest][]promise       // by diff ID
+	promised map[digest.Digest]Layer           // by blob digest
+	turns    map[string]chan struct{}          // the goroutines' half of Lock
+	whole    map[digest.Digest]bool            // trees known to be whole
+	verified map[digest.Digest]int64           // mtimes of blobs that were read and right
+	stubs    map[string]string                 // directories of stubs, by what is in them
 
 	discards sync.WaitGroup // removals that go on
 	gzips    [10]sync.Pool  // compressors that are done, by level
@@ -126,7 +127,7 @@ func Open(dir string, o Options) (*Store, error) {
 	}
 	s := &Store{
 		dir: dir, single: o.SingleID, tell: o.Repaired,
-		indexes:  map[digest.Digest]*index{},
+		indexes: map[digest.Digest]*index{}, blobs: map[wantedBlob]ocispec.Descriptor{},
 		promises: map[digest.Digest][]promise{},
 		promised: map[digest.Digest]Layer{},
 		turns:    map[string]chan struct{}{},

@@ -101,6 +101,22 @@ func (r *Runner) take(of role) (*running, error) {
 	}
 }
 
+// Expect says that a process with these limits is about to be run: its launcher can start meanwhile.
+func (r *Runner) Expect(g Ground, l Limits, insecure bool) {
+	if g.Name != groundRoot && g.Name != groundRootless {
+		return
+	}
+	of := role{l, insecure}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if slices.ContainsFunc(r.idle, func(l *running) bool { return l.role == of }) {
+		return
+	}
+	if l, err := spawn(of); err == nil { // that it cannot is for Run to find out
+		r.idle = append(r.idle, l)
+	}
+}
+
 func (r *Runner) waiting(of role) *running {
 	r.mu.Lock()
 	defer r.mu.Unlock()

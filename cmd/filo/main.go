@@ -14,12 +14,34 @@ import (
 	"fmt"
 	"os"
 	"os/signal"
+	"runtime"
+	"runtime/debug"
 	"syscall"
 	"time"
 )
 
 func main() {
+	postponeCollection()
 	os.Exit(run(os.Args[1:], machine()))
+}
+
+// firstCollection is how many bytes Go may use before it looks for garbage the first time. Most builds that find all steps
+// in the cache end before, and are a tenth faster for it.
+const firstCollection = 48 << 20
+
+// postponeCollection lets Go look for garbage late the first time and as ever from then on, unless the environment has a
+// will of its own.
+func postponeCollection() {
+	for _, name := range []string{"GOGC", "GOMEMLIMIT"} {
+		if _, ok := os.LookupEnv(name); ok {
+			return
+		}
+	}
+	percent, limit := debug.SetGCPercent(-1), debug.SetMemoryLimit(firstCollection)
+	runtime.AddCleanup(new([16]byte), func(int) {
+		debug.SetGCPercent(percent)
+		debug.SetMemoryLimit(limit)
+	}, 0)
 }
 
 // machine is the world as it is.
