@@ -2,6 +2,7 @@ package layer
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"encoding/json"
@@ -166,10 +167,27 @@ func (s *Store) makeBlob(ctx context.Context, l Layer, c Compression) error {
 			return s.blobFromTree(ctx, l, c)
 		}
 		if err := s.obtain(ctx, l, need{blob: promises[0].desc.Digest}); err != nil {
-			return err
+			if s.blobFromAny(ctx, l, c) != nil {
+				return err
+			}
+			return nil
 		}
 	}
-	var failed error
+	return s.blobFromBlob(ctx, l, c)
+}
+
+// blobFromAny compresses l from what is here. The tree need not be trusted for that: what comes out has a digest.
+func (s *Store) blobFromAny(ctx context.Context, l Layer, c Compression) error {
+	err := s.blobFromBlob(ctx, l, c)
+	if _, none := os.Lstat(s.treePath(l)); err == nil || none != nil {
+		return err
+	}
+	return s.blobFromTree(ctx, l, c)
+}
+
+// blobFromBlob compresses l from another blob of it.
+func (s *Store) blobFromBlob(ctx context.Context, l Layer, c Compression) error {
+	failed := error(nil)
 	for _, b := range s.storedBlobs(l) {
 		err := s.recompress(ctx, l, b.Descriptor, c)
 		if err == nil {
@@ -177,7 +195,7 @@ func (s *Store) makeBlob(ctx context.Context, l Layer, c Compression) error {
 		}
 		failed = errors.Join(failed, err)
 	}
-	return failed
+	return cmp.Or(failed, errNotHere)
 }
 
 // blobFromTree compresses l from its tree. If that turns out to be damaged, it is removed.
@@ -245,11 +263,16 @@ func (s *Store) OpenBlob(ctx context.Context, dgst digest.Digest) (io.ReadCloser
 	if err == nil {
 		return r, size, nil
 	}
+	if !errors.Is(err, fs.ErrNotExist) {
+		return nil, 0, fmt.Errorf("open blob: %w", err)
+	}
 	s.mu.Lock()
 	l, promised := s.promised[dgst]
 	s.mu.Unlock()
-	if !promised || !errors.Is(err, fs.ErrNotExist) {
-		return nil, 0, fmt.Errorf("open blob: %w", err)
+	if again := s.remake(ctx, dgst); again == nil {
+		return s.openStored(ctx, dgst)
+	} else if !promised {
+		return nil, 0, fmt.Errorf("open blob: %w", errors.Join(err, again))
 	}
 	if err := s.obtain(ctx, l, need{blob: dgst}); err != nil {
 		return nil, 0, fmt.Errorf("open blob: %w", err)
@@ -257,26 +280,14 @@ func (s *Store) OpenBlob(ctx context.Context, dgst digest.Digest) (io.ReadCloser
 	return s.openStored(ctx, dgst)
 }
 
-// Obtain sees that a blob is in the store: a promised one is fetched and verified. An unknown blob is an error that wraps
-// fs.ErrNotExist.
-func (s *Store) Obtain(ctx context.Context, dgst digest.Digest) error {
-	if err := checkDigest(dgst); err != nil {
-		return fmt.Errorf("obtain blob: %w", err)
-	}
-	if info, err := os.Lstat(s.blobPath(dgst)); err == nil {
-		s.used(s.blobPath(dgst), info)
-		return nil
-	}
-	r, _, err := s.OpenBlob(ctx, dgst)
-	if err != nil {
-		return err
-	}
-	return r.Close()
-}
-
 func (s *Store) openStored(ctx context.Context, dgst digest.Digest) (io.ReadCloser, int64, error) {
 	path := s.blobPath(dgst)
 	f, err := os.Open(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		if _, ok := s.restore(ctx, dgst); ok {
+			f, err = os.Open(path)
+		}
+	}
 	if err != nil {
 		return nil, 0, err
 	}
@@ -288,13 +299,13 @@ func (s *Store) openStored(ctx context.Context, dgst digest.Digest) (io.ReadClos
 	s.used(path, info)
 	v := newVerifier(ctx, f, dgst, info.Size())
 	return &blobReader{Reader: v, file: f, damaged: func() {
-		if os.Remove(path) == nil {
-			s.repaired("blob %s", dgst)
+		if sameFile(f, path) { // else somebody made it again meanwhile
+			s.damaged(ctx, dgst)
 		}
 	}}, info.Size(), nil
 }
 
-// blobReader removes its file if it turns out to be damaged.
+// blobReader has its file replaced or removed if that turns out to be damaged.
 type blobReader struct {
 	io.Reader
 	file    *os.File
@@ -305,6 +316,7 @@ func (b *blobReader) Read(p []byte) (int, error) {
 	n, err := b.Reader.Read(p)
 	if errors.Is(err, errMismatch) {
 		b.damaged()
+		err = fmt.Errorf("%w: %w", ErrDamaged, err)
 	}
 	return n, err
 }
@@ -315,9 +327,13 @@ func (b *blobReader) Close() error { return b.file.Close() }
 func (s *Store) PutBlob(ctx context.Context, mediaType string, data []byte) (ocispec.Descriptor, error) {
 	d := ocispec.Descriptor{MediaType: mediaType, Digest: digest.FromBytes(data), Size: int64(len(data))}
 	path := s.blobPath(d.Digest)
-	if old, err := os.ReadFile(path); err == nil && bytes.Equal(old, data) {
+	old, err := os.ReadFile(path)
+	if err == nil && bytes.Equal(old, data) {
 		s.touch(path)
 		return d, nil
+	}
+	if err == nil {
+		s.repaired("blob %s", d.Digest)
 	}
 	if err := s.putFile(path, data); err != nil {
 		return d, fmt.Errorf("store blob %s: %w", d.Digest, err)
@@ -325,26 +341,42 @@ func (s *Store) PutBlob(ctx context.Context, mediaType string, data []byte) (oci
 	return d, nil
 }
 
-// ReadBlob returns a small stored blob, verified. If it is absent, or damaged
-// and therefore removed, the error wraps fs.ErrNotExist. Promises are not
-// fetched.
+// ReadBlob returns a small stored blob, verified. One that is absent or
+// damaged is restored from its second copy. If there is none, the error wraps
+// fs.ErrNotExist, and what is damaged is removed. Promises are not fetched.
 func (s *Store) ReadBlob(ctx context.Context, dgst digest.Digest) ([]byte, error) {
 	if err := checkDigest(dgst); err != nil {
 		return nil, fmt.Errorf("read blob: %w", err)
 	}
-	r, size, err := s.openStored(ctx, dgst)
+	data, err := s.readSmall(dgst)
+	if err == nil && digest.FromBytes(data) == dgst {
+		return data, nil
+	}
+	if kept, ok := s.restore(ctx, dgst); ok {
+		return kept, nil
+	}
 	if err != nil {
 		return nil, fmt.Errorf("read blob: %w", err)
 	}
-	defer r.Close()
-	if size > maxSmallBlob {
-		return nil, fmt.Errorf("read blob %s: %d bytes are too many for a manifest or config", dgst, size)
+	s.damaged(ctx, dgst)
+	return nil, fmt.Errorf("read blob %s: %w (removed): %w", dgst, errMismatch, fs.ErrNotExist)
+}
+
+func (s *Store) readSmall(d digest.Digest) ([]byte, error) {
+	f, err := os.Open(s.blobPath(d))
+	if err != nil {
+		return nil, err
 	}
-	data, err := io.ReadAll(r)
-	if errors.Is(err, errMismatch) {
-		return nil, fmt.Errorf("read blob: %w (damaged, removed): %w", err, fs.ErrNotExist)
+	defer f.Close()
+	info, err := f.Stat()
+	if err != nil {
+		return nil, err
 	}
-	return data, err
+	if info.Size() > maxSmallBlob {
+		return nil, fmt.Errorf("%s: %d bytes are too many for a manifest or config", d, info.Size())
+	}
+	s.used(f.Name(), info)
+	return io.ReadAll(f)
 }
 
 const maxSmallBlob = 64 << 20

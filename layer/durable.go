@@ -1,6 +1,7 @@
 package layer
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"io/fs"
@@ -28,27 +29,30 @@ const syncs = 256
 // Durable returns when no power cut can take the blobs any more, nor their names. Blobs that are not here are left out:
 // images may be stored in part.
 func (s *Store) Durable(ctx context.Context, blobs ...digest.Digest) error {
+	files := make([]string, len(blobs))
+	for i, d := range blobs {
+		files[i] = s.blobPath(d)
+	}
+	return s.settle(ctx, files...)
+}
+
+// settle waits until files of the store are on the disk, and marks them. Those that are marked or missing are left out.
+func (s *Store) settle(ctx context.Context, files ...string) error {
 	var fresh []string
-	for _, d := range blobs {
-		path := s.blobPath(d)
-		info, err := os.Lstat(path)
+	for _, f := range files {
+		info, err := os.Lstat(f)
 		if errors.Is(err, fs.ErrNotExist) || err == nil && info.Mode().Perm() == onDisk {
 			continue
 		}
 		if err != nil {
 			return err
 		}
-		fresh = append(fresh, path)
+		fresh = append(fresh, f)
 	}
-	return s.settle(ctx, filepath.Join("blobs", "sha256"), fresh)
-}
-
-// settle waits until files of a directory of the store are on the disk, and marks them.
-func (s *Store) settle(ctx context.Context, dir string, files []string) error {
-	if len(files) == 0 {
+	if len(fresh) == 0 {
 		return nil
 	}
-	for some := range slices.Chunk(files, syncs) {
+	for some := range slices.Chunk(fresh, syncs) {
 		if ctx.Err() != nil {
 			return context.Cause(ctx)
 		}
@@ -56,21 +60,31 @@ func (s *Store) settle(ctx context.Context, dir string, files []string) error {
 			return err
 		}
 	}
-	for ; ; dir = filepath.Dir(dir) {
-		if err := Sync(filepath.Join(s.dir, dir)); err != nil {
-			return err
-		}
-		if dir == "." {
-			break
-		}
+	if err := Sync(s.above(fresh)...); err != nil {
+		return err
 	}
 	if err := Sync(filepath.Dir(s.dir)); err != nil && !errors.Is(err, fs.ErrPermission) {
 		return err
 	}
-	for _, f := range files {
+	for _, f := range fresh {
 		_ = os.Chmod(f, onDisk) // else the next one waits again
 	}
 	return nil
+}
+
+// above lists the directories of the store that names of files are in, each before the one that it is in.
+func (s *Store) above(files []string) []string {
+	var dirs []string
+	for _, f := range files {
+		for dir := filepath.Dir(f); !slices.Contains(dirs, dir); dir = filepath.Dir(dir) {
+			dirs = append(dirs, dir)
+			if dir == s.dir {
+				break
+			}
+		}
+	}
+	slices.SortFunc(dirs, func(a, b string) int { return cmp.Compare(len(b), len(a)) })
+	return dirs
 }
 
 // Sync waits until files and directories are on the disk. First all are on their way: then the file system gives all of

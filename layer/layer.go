@@ -10,6 +10,7 @@
 //	layers/<hex>/tree         unpacked as an overlay lower directory; .json: by which boot and id map
 //	layers/<hex>/blobs        which blobs hold it: JSON, algorithm, level, descriptor
 //	index.json, index.copy    the images that there are, twice
+//	copies/<hex>              second copies of their manifests, configs, indexes and statements
 //	tmp/<process>, locks/     unfinished work and the files behind [Store.Lock]
 //
 // Everything appears by rename of a finished temporary; names are content
@@ -18,11 +19,10 @@
 // It never mounts, runs nothing, speaks to no network (a promised blob comes
 // from the caller's function) and knows neither Dockerfiles nor cache keys.
 //
-// Start at [Open]. writer.go makes layers, unpack.go reads foreign ones,
-// blob.go holds the compressed side (estargz.go the seekable one), tree.go the unpacked one, index.go the
-// entry list, view.go stacks indexes, overlay.go and snapshot.go serve RUN,
-// storage.go does so without overlays, names.go keeps index.json, prune.go
-// throws away.
+// Start at [Open]. writer.go makes layers, unpack.go reads foreign ones, blob.go holds the compressed side (estargz.go
+// the seekable one), tree.go the unpacked one, index.go the entry list, view.go stacks indexes, overlay.go and snapshot.go
+// serve RUN, storage.go does so without overlays, names.go keeps index.json, repair.go brings back what was damaged,
+// prune.go throws away.
 package layer
 
 import (
@@ -106,6 +106,7 @@ It is an OCI image layout: oci-layout, index.json and blobs/ can be read with
 any OCI tool. Beside it:
 
   index.copy  index.json again, for when that is damaged
+  copies/     manifests and configs of images again, for when one in blobs/ is
   layers/     entry lists and unpacked trees of layers, by diff ID
   steps/      what build steps made, by cache key
   files/      digests of build context files, remembered by stat

@@ -148,7 +148,7 @@ func (s *Store) putNames(ctx context.Context, data []byte) error {
 			return fmt.Errorf("write %s: %w", f.name, err)
 		}
 	}
-	return s.settle(ctx, ".", []string{s.inDir(indexCopy)})
+	return s.settle(ctx, s.inDir(indexCopy))
 }
 
 // putSynced replaces a file so that a power cut leaves the old one or the new one.

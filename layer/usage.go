@@ -17,7 +17,7 @@ type Kind string
 // The kinds of things in the state directory.
 const (
 	KindLayer  Kind = "layer"      // entry list and unpacked tree
-	KindBlob   Kind = "blob"       // layers as images hold them, manifests, configs
+	KindBlob   Kind = "blob"       // layers as images hold them, manifests, configs; second copies of these
 	KindMount  Kind = "cachemount" // contents of RUN --mount=type=cache
 	KindSource Kind = "source"     // downloads, and where images came from
 	KindRecord Kind = "record"     // what build steps made, digests of files
@@ -41,7 +41,7 @@ var places = [...]struct {
 	kind Kind
 	dir  string
 }{
-	{KindLayer, "layers"}, {KindBlob, "blobs/sha256"}, {KindMount, "mounts"}, {KindSource, "sources/http"}, {KindSource, "sources/images"},
+	{KindLayer, "layers"}, {KindBlob, "blobs/sha256"}, {KindBlob, copies}, {KindMount, "mounts"}, {KindSource, "sources/http"}, {KindSource, "sources/images"},
 	{KindSource, "sources/blobs"}, {KindRecord, "steps"}, {KindRecord, "files"}, {KindTemp, "tmp"},
 }
 

@@ -36,10 +36,16 @@ func (s *Store) Stream(ctx context.Context, dgst digest.Digest) (io.ReadCloser, 
 	if err == nil || !errors.Is(err, fs.ErrNotExist) {
 		return r, err
 	}
+	failed := err
+	if err := s.remake(ctx, dgst); err == nil {
+		r, _, err := s.openStored(ctx, dgst)
+		return r, err
+	} else if !errors.Is(err, fs.ErrNotExist) {
+		failed = err
+	}
 	s.mu.Lock()
 	l := s.promised[dgst]
 	s.mu.Unlock()
-	failed := err
 	for _, p := range s.promisesOf(l) {
 		if p.desc.Digest != dgst {
 			continue

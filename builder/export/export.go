@@ -11,6 +11,7 @@ package export
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"slices"
@@ -113,8 +114,18 @@ func (r Result) platforms() int {
 	return len(r.Images)
 }
 
-// image writes config, manifests and index and sends them where they belong.
+// image is writeImage. If a blob turns out to be damaged while it is sent, all is sent once more: the store gets it from
+// elsewhere then, if it can be had.
 func (e Exporter) image(ctx context.Context, o Output, p plan, r Result) (Exported, error) {
+	x, err := e.writeImage(ctx, o, p, r)
+	if errors.Is(err, layer.ErrDamaged) && o.repeatable() {
+		return e.writeImage(ctx, o, p, r)
+	}
+	return x, err
+}
+
+// writeImage writes config, manifests and index and sends them where they belong.
+func (e Exporter) writeImage(ctx context.Context, o Output, p plan, r Result) (Exported, error) {
 	root, g, err := e.assemble(ctx, p, r)
 	if err != nil {
 		return Exported{}, err
@@ -164,7 +175,7 @@ func (e Exporter) root(ctx context.Context, p plan, r Result) (ocispec.Descripto
 		if p.changes != "" {
 			return ocispec.Descriptor{}, fmt.Errorf("%s: the image exists already and is exported as it is", p.changes)
 		}
-		return *r.Descriptor, nil
+		return *r.Descriptor, image.Restore(ctx, e.Store, e.Client, *r.Descriptor)
 	}
 	if len(r.Images) == 0 {
 		return ocispec.Descriptor{}, fmt.Errorf("nothing to export")
@@ -289,8 +300,8 @@ func (e Exporter) fetch(ctx context.Context, g *image.Graph) error {
 	group.SetLimit(4)
 	for _, b := range g.Blobs {
 		group.Go(func() error {
-			if err := e.Store.Obtain(ctx, b.Digest); err != nil {
-				return fmt.Errorf("blob %s: %w", b.Digest, err)
+			if err := e.Store.Ensure(ctx, b.Digest); err != nil {
+				return image.Damaged(g.Root(), fmt.Errorf("blob %s: %w", b.Digest, err))
 			}
 			return nil
 		})

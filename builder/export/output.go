@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"maps"
+	"os"
 	"slices"
 	"strconv"
 	"strings"
@@ -139,6 +140,15 @@ func (o Output) Check(names []string, platforms int) error {
 		return fmt.Errorf("output type=%s: dest is required, refusing to write to the terminal", o.Type)
 	}
 	return nil
+}
+
+// repeatable reports whether what was half written can be written again, as to no stream.
+func (o Output) repeatable() bool {
+	if o.toStdout() {
+		return false
+	}
+	info, err := os.Stat(o.Dest)
+	return err != nil || info.IsDir() || info.Mode().IsRegular()
 }
 
 // toStdout reports whether the output is a stream without a file.

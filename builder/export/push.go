@@ -62,7 +62,8 @@ func (e Exporter) pushBlobs(ctx context.Context, c *registry.Client, name string
 	for _, b := range g.Blobs {
 		group.Go(func() error {
 			err := c.PushBlob(ctx, name, b, image.Origins(e.Store, b.Digest), func(ctx context.Context) (io.ReadCloser, error) {
-				return e.Store.Stream(ctx, b.Digest)
+				r, err := e.Store.Stream(ctx, b.Digest)
+				return r, image.Damaged(g.Root(), err)
 			})
 			if err != nil {
 				return err

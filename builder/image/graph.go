@@ -3,7 +3,9 @@ package image
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
+	"io/fs"
 
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
@@ -18,6 +20,9 @@ type Graph struct {
 	Images    []Member             // the manifests among the documents
 }
 
+// Root is what was walked from.
+func (g *Graph) Root() ocispec.Descriptor { return g.Documents[len(g.Documents)-1] }
+
 // Member is one manifest of a [Graph].
 type Member struct {
 	Descriptor  ocispec.Descriptor // as its index has it, with platform and annotations
@@ -27,13 +32,26 @@ type Member struct {
 	Attestation bool            // it speaks about another image
 }
 
-// Walk lists what belongs to a manifest or an index whose documents and configs are in the store.
+// Walk lists what belongs to a manifest or an index whose documents and configs are in the store. If one of an image
+// that has a name is not, the error is ErrDamaged.
 func Walk(ctx context.Context, s *layer.Store, root ocispec.Descriptor) (*Graph, error) {
 	w := &walk{r: &reader{store: s, ref: root.Digest.String()}, g: &Graph{}, seen: map[digest.Digest]bool{}}
 	if err := w.visit(ctx, root, 4); err != nil {
-		return nil, err
+		return nil, Damaged(root, err)
 	}
 	return w.g, nil
+}
+
+// ErrDamaged is what is wrong with an image of the local store of which something is gone, and can be had from nowhere.
+var ErrDamaged = errors.New("the image was damaged and is lost")
+
+// Damaged is err, which says that something of an image is not to be had, as one about the image if that has a name.
+func Damaged(root ocispec.Descriptor, err error) error {
+	name := nameOf(root)
+	if name == "" || !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	return fmt.Errorf("%s: %w: %v", name, ErrDamaged, err) // not that there is no such image
 }
 
 type walk struct {

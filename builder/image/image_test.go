@@ -656,3 +656,74 @@ func FuzzDocument(f *testing.F) {
 		}
 	})
 }
+
+// TestDamaged damages what an image is described by: one of two copies does, without both the image is damaged, which is
+// not to say that there is none; the registry that its name says may have it.
+func TestDamaged(t *testing.T) {
+	srv := serve(t)
+	for _, where := range []string{"127.0.0.1:1/local", srv.host + "/kept"} {
+		s := newStore(t)
+		c := registry.Open(registry.Options{})
+		d := digest.Digest("")
+		if strings.HasPrefix(where, srv.host) {
+			d = srv.push(t, "kept:1", foreign(t, amd64, 1))
+			if _, err := Pull(t.Context(), s, c, where+":1", amd64, PullAlways); err != nil {
+				t.Fatal(err)
+			}
+		} else {
+			m, err := Write(t.Context(), s, built(amd64, addLayer(t, s, "a", "x")), WriteOptions{})
+			if err != nil {
+				t.Fatal(err)
+			}
+			d = m.Digest
+		}
+		if err := Tag(t.Context(), s, where+":1", ocispec.Descriptor{MediaType: ocispec.MediaTypeImageManifest, Digest: d}); err != nil {
+			t.Fatal(err)
+		}
+		root, err := Lookup(s, where+":1")
+		if err != nil {
+			t.Fatal(err)
+		}
+		g, err := Walk(t.Context(), s, root)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, bad := range []digest.Digest{d, g.Images[0].Config.Digest} {
+			spoil := func(dir string) {
+				t.Helper()
+				name := filepath.Join(s.Dir(), dir, bad.Encoded())
+				if err := errors.Join(os.Remove(name), os.WriteFile(name, []byte("{}"), 0o644)); err != nil {
+					t.Fatal(err)
+				}
+			}
+			spoil("blobs/sha256")
+			if img, err := Load(t.Context(), s, c, where+":1", amd64); err != nil || len(img.Layers) != 1 {
+				t.Errorf("one copy of %s: Load = %v, %v", bad, img, err)
+			}
+			spoil("blobs/sha256")
+			spoil("copies")
+			for range 2 {
+				_, err := Walk(t.Context(), s, root)
+				if !errors.Is(err, ErrDamaged) || errors.Is(err, fs.ErrNotExist) || !strings.HasPrefix(err.Error(), where+":1: ") {
+					t.Errorf("no copy of %s: Walk: %v", bad, err)
+				}
+			}
+			img, err := Pull(t.Context(), s, c, where+":1", amd64, PullCurrent)
+			if strings.HasPrefix(where, srv.host) {
+				if err != nil || img.Digest != d {
+					t.Errorf("no copy of %s: Pull = %v, %v", bad, img, err)
+				}
+				continue
+			}
+			if !errors.Is(err, ErrDamaged) {
+				t.Errorf("no copy of %s: Pull = %v, %v", bad, img, err)
+			}
+			if _, err := Write(t.Context(), s, built(amd64, addLayer(t, s, "a", "x")), WriteOptions{}); err != nil {
+				t.Fatal(err)
+			}
+			if err := Tag(t.Context(), s, where+":1", root); err != nil { // as the next build does
+				t.Error(err)
+			}
+		}
+	}
+}

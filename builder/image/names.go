@@ -85,19 +85,32 @@ func enter(ctx context.Context, s *layer.Store, d ocispec.Descriptor) error {
 	})
 }
 
-// durable sees that no power cut takes what an image needs.
+// durable sees that no power cut takes what an image needs, and no changed byte what nothing else can be made from.
 func durable(ctx context.Context, s *layer.Store, d ocispec.Descriptor) error {
 	g, err := Walk(ctx, s, d)
 	if err != nil {
 		return err
 	}
-	var all []digest.Digest
-	for _, list := range [][]ocispec.Descriptor{g.Blobs, g.Documents} {
-		for _, d := range list {
-			all = append(all, d.Digest)
+	documents, layers := digests(g.Documents), []digest.Digest(nil)
+	for _, m := range g.Images {
+		documents = append(documents, m.Config.Digest)
+		for _, l := range m.Layers {
+			if m.Attestation && l.Size <= maxConfig {
+				documents = append(documents, l.Digest) // a statement
+			} else {
+				layers = append(layers, l.Digest)
+			}
 		}
 	}
-	return s.Durable(ctx, all...)
+	return s.Keep(ctx, documents, layers)
+}
+
+func digests(list []ocispec.Descriptor) []digest.Digest {
+	out := make([]digest.Digest, len(list))
+	for i, d := range list {
+		out[i] = d.Digest
+	}
+	return out
 }
 
 // taggable returns the full form of a name that an image can be given, and its tag.

@@ -132,9 +132,9 @@ func replace(s *layer.Store, path string, data []byte) error {
 	return os.Rename(tmp, path)
 }
 
-// restore promises the layers of everything below a manifest or index again: promises end with the process
-// that made them, names do not.
-func restore(ctx context.Context, s *layer.Store, c *registry.Client, d ocispec.Descriptor) error {
+// Restore promises the layers of everything below a manifest or index again: promises end with the process
+// that made them, names do not. c may be nil.
+func Restore(ctx context.Context, s *layer.Store, c *registry.Client, d ocispec.Descriptor) error {
 	if c == nil {
 		return nil
 	}

@@ -35,6 +35,9 @@ func Pull(ctx context.Context, s *layer.Store, c *registry.Client, ref string, p
 	var local *Image
 	if mode != PullAlways {
 		local, err = Load(ctx, s, c, full, p)
+		if errors.Is(err, ErrDamaged) && mode == PullCurrent {
+			local, err = reload(ctx, s, c, full, p, err)
+		}
 		if err == nil && !local.WrongPlatform {
 			return local, nil
 		}
@@ -100,7 +103,8 @@ func find(ctx context.Context, s *layer.Store, c *registry.Client, full string, 
 }
 
 // Load reads an image that the store has under a name and promises its layers, as far as they are not here
-// but known to be somewhere. c may be nil. If there is none the error is fs.ErrNotExist.
+// but known to be somewhere. c may be nil. If there is none the error is fs.ErrNotExist, if it
+// is not whole ErrDamaged.
 func Load(ctx context.Context, s *layer.Store, c *registry.Client, name string, p ocispec.Platform) (*Image, error) {
 	d, err := Lookup(s, name)
 	if err != nil {
@@ -113,9 +117,24 @@ func Load(ctx context.Context, s *layer.Store, c *registry.Client, name string, 
 	r := &reader{store: s, ref: full}
 	img, err := r.image(ctx, d, p)
 	if err != nil {
-		return nil, err
+		return nil, Damaged(d, err)
 	}
-	return img, restore(ctx, s, c, d)
+	return img, Restore(ctx, s, c, d)
+}
+
+// reload reads an image that the store has a name for, and no more all that it names, from the registry that the name
+// says: what has the digest is the same. If that does not have it, the error is lost.
+func reload(ctx context.Context, s *layer.Store, c *registry.Client, full string, p ocispec.Platform, lost error) (*Image, error) {
+	d, err := Lookup(s, full)
+	if err != nil || c == nil {
+		return nil, lost
+	}
+	r := &reader{store: s, client: c, ref: full}
+	img, err := r.image(ctx, d, p)
+	if err != nil {
+		return nil, lost
+	}
+	return img, nil
 }
 
 // Read reads the image of a manifest or index that is in the store, whatever its name. Its layers must be in

@@ -71,11 +71,10 @@ func (s *state) fetch(ctx context.Context, g *image.Graph) error {
 	group.SetLimit(4)
 	for _, b := range g.Blobs {
 		group.Go(func() error {
-			r, _, err := s.store.OpenBlob(ctx, b.Digest)
-			if err != nil {
+			if err := s.store.Ensure(ctx, b.Digest); err != nil {
 				return fmt.Errorf("blob %s: %w", b.Digest, err)
 			}
-			return r.Close()
+			return nil
 		})
 	}
 	return group.Wait()

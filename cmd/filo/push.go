@@ -2,11 +2,13 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 
 	"github.com/spf13/cobra"
 
 	"filo/builder/export"
+	"filo/builder/image"
 )
 
 // push is `filo push`.
@@ -19,9 +21,12 @@ func (a *app) push() *cobra.Command {
 		Example: "  filo push registry.example/me/hello:1\n  filo push hello registry.example/me/hello:1",
 		Args:    between(1, 2),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			return a.with(func(s *state) error {
-				return canceled(cmd.Context(), a.runPush(cmd.Context(), s, args[0], args[len(args)-1], insecure))
-			})
+			push := func(s *state) error { return a.runPush(cmd.Context(), s, args[0], args[len(args)-1], insecure) }
+			err := a.with(push)
+			if errors.Is(err, image.ErrDamaged) && cmd.Context().Err() == nil {
+				err = a.within(push) // where trees can be read, blobs can be made of them
+			}
+			return canceled(cmd.Context(), err)
 		},
 	}
 	cmd.Flags().BoolVar(&insecure, "insecure", false, "allow plain http and unknown certificates")

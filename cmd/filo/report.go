@@ -9,6 +9,7 @@ import (
 	"sync"
 	"syscall"
 
+	"filo/builder/image"
 	"filo/builder/sandbox"
 	"filo/dockerfile"
 	"filo/layer/registry"
@@ -61,7 +62,7 @@ func (r *repairs) line() string {
 	if n > maxRepairs {
 		text += fmt.Sprintf(" and %d more", n-maxRepairs)
 	}
-	return "WARNING: repaired the state directory: these were damaged, are gone, and are made again when they are needed: " + text + "\n"
+	return "WARNING: repaired the state directory: these were damaged, and are restored or made again when they are needed: " + text + "\n"
 }
 
 func (a *app) describe(b *strings.Builder, err error) {
@@ -102,6 +103,8 @@ func hint(err error, tail []string) string {
 		return "log in with `docker login`, or set DOCKER_CONFIG to a directory whose config.json has credentials"
 	case registry.Is(err, registry.Denied):
 		return "the registry knows who asks and refuses: the account lacks the right, or it is the wrong one (`docker login`, DOCKER_CONFIG)"
+	case errors.Is(err, image.ErrDamaged):
+		return "build the image again, or pull it; `filo rmi` takes its name away"
 	case errors.Is(err, syscall.ENOSPC):
 		return diskFull
 	case errors.Is(err, syscall.EDQUOT):

@@ -197,8 +197,13 @@ func (s *state) prepare(dir string, now func() time.Time, repaired func(string))
 }
 
 // with opens the state directory for do, which looks at images and runs nothing.
-func (a *app) with(do func(*state) error) error {
-	s, err := a.open(false)
+func (a *app) with(do func(*state) error) error { return a.opened(false, do) }
+
+// within is with, on the ground where steps run: there do may read all files of layers.
+func (a *app) within(do func(*state) error) error { return a.opened(true, do) }
+
+func (a *app) opened(enter bool, do func(*state) error) error {
+	s, err := a.open(enter)
 	if err != nil {
 		return err
 	}

@@ -1,0 +1,164 @@
+package layer
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+
+	"github.com/opencontainers/go-digest"
+)
+
+// Of an image that is not built again nothing may be lost to a changed byte either. What nothing else can be made from,
+// its manifests, configs, indexes and statements, is small, and is kept twice: copies/ has it again, from when the image
+// is named. A blob that filo compressed comes out the same from another blob of its layer, or from its tree. A foreign one
+// can only be fetched again.
+
+// Keep is [Store.Durable] for an image that is about to be named. There is a second copy of its documents then.
+func (s *Store) Keep(ctx context.Context, documents, layers []digest.Digest) error {
+	var files []string
+	for _, d := range documents {
+		if err := s.keepTwice(ctx, d); err != nil {
+			return fmt.Errorf("keep blob %s: %w", d, err)
+		}
+		files = append(files, s.blobPath(d), s.copyPath(d))
+	}
+	for _, d := range layers {
+		files = append(files, s.blobPath(d))
+	}
+	return s.settle(ctx, files...)
+}
+
+func (s *Store) copyPath(d digest.Digest) string { return filepath.Join(s.dir, copies, hexOf(d)) }
+
+// copies is the directory of second copies.
+const copies = "copies"
+
+// keepTwice writes the second copy of a blob unless it is there and right.
+func (s *Store) keepTwice(ctx context.Context, d digest.Digest) error {
+	data, err := s.ReadBlob(ctx, d)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil // images may be stored in part
+	}
+	if err != nil {
+		return err
+	}
+	was, err := os.ReadFile(s.copyPath(d))
+	if err == nil && bytes.Equal(was, data) {
+		return nil
+	}
+	if err == nil {
+		s.repaired("copy of blob %s", d)
+	}
+	return s.putFile(s.copyPath(d), data)
+}
+
+// secondCopy returns what copies/ has of a blob, nil if that is missing or damaged.
+func (s *Store) secondCopy(d digest.Digest) []byte {
+	data, err := os.ReadFile(s.copyPath(d))
+	if err != nil || digest.FromBytes(data) != d {
+		return nil
+	}
+	return data
+}
+
+// restore puts the second copy of a blob in its place and says whether there is one. Where it cannot be put, as on a full
+// disk, the next one tries again.
+func (s *Store) restore(ctx context.Context, d digest.Digest) ([]byte, bool) {
+	kept := s.secondCopy(d)
+	if kept == nil {
+		return nil, false
+	}
+	s.repaired("blob %s", d)
+	if s.putFile(s.blobPath(d), kept) == nil {
+		_ = s.settle(ctx, s.blobPath(d)) // the copy stays where it is, should that be lost
+	}
+	return kept, true
+}
+
+// ErrDamaged is the error at the end of a stored blob that is not what it should be. Who opens it again gets the right
+// one, if that can be had.
+var ErrDamaged = errors.New("blob was damaged")
+
+// damaged restores a blob that turned out not to be what it should, or removes it.
+func (s *Store) damaged(ctx context.Context, d digest.Digest) {
+	if _, ok := s.restore(ctx, d); ok {
+		return
+	}
+	if os.Remove(s.blobPath(d)) == nil {
+		s.repaired("blob %s", d)
+	}
+}
+
+// Ensure sees that a blob is here and right, as far as that shows without reading it: one that is promised is fetched,
+// one that is lost made again. If it can be had from nowhere, the error wraps fs.ErrNotExist.
+func (s *Store) Ensure(ctx context.Context, d digest.Digest) error {
+	if info, err := os.Lstat(s.blobPath(d)); err == nil && s.sound(d, info) { // else it is removed
+		s.used(s.blobPath(d), info)
+		return nil
+	}
+	r, _, err := s.OpenBlob(ctx, d)
+	if err != nil {
+		return err
+	}
+	return r.Close()
+}
+
+// remake makes a lost blob of a layer again.
+func (s *Store) remake(ctx context.Context, d digest.Digest) error {
+	l, c, ok := s.maker(d)
+	if !ok {
+		return fs.ErrNotExist
+	}
+	unlock, err := s.Lock(ctx, "blob "+l.DiffID.String())
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	if _, err := os.Lstat(s.blobPath(d)); err == nil {
+		return nil
+	}
+	if err = s.blobFromAny(ctx, l, c); err == nil {
+		_, err = os.Lstat(s.blobPath(d)) // another version of filo may have made other bytes
+	}
+	if err != nil {
+		return fmt.Errorf("make blob %s again: %w", d, err)
+	}
+	s.repaired("blob %s", d)
+	return nil
+}
+
+// maker finds out of which layer filo made a blob, and how.
+func (s *Store) maker(d digest.Digest) (Layer, Compression, bool) {
+	s.mu.Lock()
+	l, promised := s.promised[d]
+	s.mu.Unlock()
+	if promised {
+		c, ok := s.madeAs(l, d)
+		return l, c, ok
+	}
+	all, err := os.ReadDir(filepath.Join(s.dir, "layers"))
+	if err != nil {
+		return Layer{}, Compression{}, false
+	}
+	for _, dir := range all {
+		l := Layer{digest.NewDigestFromEncoded(digest.SHA256, dir.Name())}
+		if c, ok := s.madeAs(l, d); ok {
+			return l, c, true
+		}
+	}
+	return Layer{}, Compression{}, false
+}
+
+// madeAs says how filo compressed the blob d of l, if it did.
+func (s *Store) madeAs(l Layer, d digest.Digest) (Compression, bool) {
+	for _, b := range s.readBlobs(l) {
+		if b.Descriptor.Digest == d && (b.Level > 0 || b.Algorithm == Uncompressed) {
+			return Compression{Algorithm: b.Algorithm, Level: b.Level}, true
+		}
+	}
+	return Compression{}, false
+}
