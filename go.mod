@@ -17,6 +17,7 @@ require (
 	github.com/minio/minio-go/v7 v7.4.1
 	github.com/moby/buildkit v0.34.2
 	github.com/moby/docker-image-spec v1.3.1
+	github.com/moby/moby/v2 v2.0.0-beta.24
 	github.com/moby/patternmatcher v0.6.1
 	github.com/moby/profiles/seccomp v0.2.4
 	github.com/moby/sys/user v0.5.0
@@ -40,6 +41,7 @@ require (
 )
 
 require (
+	github.com/containerd/containerd/v2 v2.4.2 // indirect
 	github.com/in-toto/in-toto-golang v0.11.0 // indirect
 	github.com/vbatts/tar-split v0.12.3 // indirect
 )
@@ -71,5 +73,4 @@ require (
 	golang.org/x/tools v0.51.0 // indirect
 	google.golang.org/protobuf v1.36.12 // indirect
 	gopkg.in/ini.v1 v1.67.3 // indirect
-	gotest.tools/v3 v3.5.2 // indirect
 )

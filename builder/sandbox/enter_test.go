@@ -220,7 +220,11 @@ func TestAsUser(t *testing.T) {
 		t.Fatal(err)
 	}
 	cmd.Args = append(cmd.Args, "-test.skip=TestAsUser", "-test.timeout=1m")
-	cmd.Env = append(os.Environ(), "TMPDIR="+tmp, "HOME="+tmp, programEnv+"="+cmd.Path)
+	docker := filepath.Join(tmp, "docker.json")
+	if err := os.WriteFile(docker, dockerSource(t), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	cmd.Env = append(os.Environ(), "TMPDIR="+tmp, "HOME="+tmp, programEnv+"="+cmd.Path, dockerEnv+"="+docker)
 	if out, err := cmd.CombinedOutput(); err != nil {
 		t.Errorf("%v\n%s", err, out)
 	} else {

@@ -8,7 +8,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -386,27 +385,4 @@ func insideDevices() error {
 		return fmt.Errorf("use a node of null: %w", err)
 	}
 	return unix.Mknod("/tmp/disk", unix.S_IFBLK|0o600, int(unix.Mkdev(8, 0)))
-}
-
-// dockerHides and dockerFreezes are the masked and read-only paths of Docker's default (moby, daemon/pkg/oci/defaults.go).
-var (
-	dockerHides = []string{
-		"/proc/acpi", "/proc/asound", "/proc/interrupts", "/proc/kcore", "/proc/keys", "/proc/latency_stats", "/proc/sched_debug",
-		"/proc/scsi", "/proc/timer_list", "/proc/timer_stats", "/sys/devices/virtual/powercap", "/sys/firmware",
-	}
-	dockerFreezes = []string{"/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"}
-	dockerMask    = capabilities(0xa80425fb)
-)
-
-func TestDockersTables(t *testing.T) {
-	sorted := func(list []string) []string { return slices.Sorted(slices.Values(list)) }
-	if got := sorted(hidden[:]); !slices.Equal(got, dockerHides) {
-		t.Errorf("hidden: %q, want %q", got, dockerHides)
-	}
-	if got := sorted(frozen[:]); !slices.Equal(got, dockerFreezes) {
-		t.Errorf("frozen: %q, want %q", got, dockerFreezes)
-	}
-	if got := defaultSet(); got != dockerMask {
-		t.Errorf("capabilities %x, want %x", got, dockerMask)
-	}
 }

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"debug/elf"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -168,6 +169,8 @@ func insideMain(verb string, args []string) error {
 		return insideHostile(args[0])
 	case "devices":
 		return insideDevices()
+	case "facts":
+		return json.NewEncoder(os.Stdout).Encode(seeFacts())
 	case "umask":
 		fmt.Printf("%o\n", syscall.Umask(0))
 	default:
