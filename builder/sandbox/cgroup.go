@@ -102,6 +102,7 @@ type bounds struct {
 	unified string   // the one of version 2, "" for none
 	memory  string   // the one that counts memory, "" for none
 	v2      bool     // of memory
+	pids    string   // the one that counts processes, "" for none
 }
 
 // serial tells the cgroups of this process apart.
@@ -148,6 +149,9 @@ func (b *bounds) add(h hierarchies, l Limits, controller, name string) error {
 	}
 	if controller == "memory" {
 		b.memory, b.v2 = made, v2
+	}
+	if controller == "pids" {
+		b.pids = made
 	}
 	if v2 {
 		b.unified = made
@@ -278,6 +282,16 @@ func (b *bounds) killed() (peak int64, yes bool) {
 	return peak, yes
 }
 
+// crowded says whether a process in the cgroups was refused another one.
+func (b *bounds) crowded() bool {
+	if b == nil || b.pids == "" {
+		return false
+	}
+	data, _ := os.ReadFile(path.Join(b.pids, "pids.events"))
+	n, ok := strings.CutPrefix(strings.TrimSpace(string(data)), "max ")
+	return ok && n != "0"
+}
+
 // explain adds to an error what might have been too little for the process.
 func (b *bounds) explain(p Process, err error) error {
 	var exit *ExitError
@@ -285,6 +299,7 @@ func (b *bounds) explain(p Process, err error) error {
 		return err
 	}
 	exit.Peak, exit.OutOfMemory = b.killed()
+	exit.Crowded, exit.PIDs = b.crowded(), p.Limits.PIDs
 	exit.Memory, exit.SingleID, exit.Ground = p.Limits.Memory, p.Ground.SingleID, p.Ground.Name
 	return err
 }

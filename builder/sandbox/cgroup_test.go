@@ -74,8 +74,15 @@ func TestTooManyProcesses(t *testing.T) {
 	b := newBox(t)
 	p := b.process("crowd", "100")
 	p.Limits = l
-	if out, err := b.run(p); err == nil || !strings.Contains(out, "resource temporarily unavailable") {
+	out, err := b.run(p)
+	var exit *ExitError
+	if !errors.As(err, &exit) || !exit.Crowded || !strings.Contains(err.Error(), "the limit is 40 (--pids-limit)") || !strings.Contains(out, "resource temporarily unavailable") {
 		t.Errorf("%s, %v", out, err)
+	}
+	p = b.process("exit", "3")
+	p.Limits = l
+	if _, err := b.run(p); !errors.As(err, &exit) || exit.Crowded || strings.Contains(err.Error(), "limit") {
+		t.Errorf("a process that is alone: %v", err)
 	}
 	noCgroups(t)
 }

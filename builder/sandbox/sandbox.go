@@ -109,6 +109,8 @@ type ExitError struct {
 	OutOfMemory bool   // the kernel killed it, or a process it started, at the limit of memory
 	Memory      int64  // that limit, bytes
 	Peak        int64  // the most memory that was used, bytes
+	Crowded     bool   // it, or a process it started, wanted to start one more than it may
+	PIDs        int64  // that limit
 }
 
 func (e *ExitError) Error() string {
@@ -118,6 +120,9 @@ func (e *ExitError) Error() string {
 	}
 	if e.OutOfMemory {
 		s += fmt.Sprintf(": killed, out of memory: the limit is %s, %s were used (--memory)", mebibytes(e.Memory), mebibytes(e.Peak))
+	}
+	if e.Crowded {
+		s += fmt.Sprintf(": it started too many processes: the limit is %d (--pids-limit)", e.PIDs)
 	}
 	return s
 }
