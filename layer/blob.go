@@ -283,10 +283,8 @@ func (s *Store) OpenBlob(ctx context.Context, dgst digest.Digest) (io.ReadCloser
 func (s *Store) openStored(ctx context.Context, dgst digest.Digest) (io.ReadCloser, int64, error) {
 	path := s.blobPath(dgst)
 	f, err := os.Open(path)
-	if errors.Is(err, fs.ErrNotExist) {
-		if _, ok := s.restore(ctx, dgst); ok {
-			f, err = os.Open(path)
-		}
+	if errors.Is(err, fs.ErrNotExist) && s.recover(ctx, dgst) {
+		f, err = os.Open(path)
 	}
 	if err != nil {
 		return nil, 0, err
@@ -352,7 +350,7 @@ func (s *Store) ReadBlob(ctx context.Context, dgst digest.Digest) ([]byte, error
 	if err == nil && digest.FromBytes(data) == dgst {
 		return data, nil
 	}
-	if kept, ok := s.restore(ctx, dgst); ok {
+	if kept := s.restore(ctx, dgst); kept != nil {
 		return kept, nil
 	}
 	if err != nil {
@@ -412,6 +410,9 @@ func (s *Store) finishBlob(ctx context.Context, l Layer, f *blobFile) error {
 		err = s.putLayerBlob(ctx, l, f.file.Name(), b)
 	}
 	f.put = err == nil
+	if err == nil && f.parity != nil {
+		err = s.putParity(b.Descriptor.Digest, f.parity)
+	}
 	return err
 }
 
@@ -451,7 +452,13 @@ func (s *Store) noteTwin(ctx context.Context, d ocispec.Descriptor) error {
 // hasBlob says whether the blob d is here and right.
 func (s *Store) hasBlob(d ocispec.Descriptor) bool {
 	info, err := os.Lstat(s.blobPath(d.Digest))
-	return err == nil && info.Size() == d.Size && s.sound(d.Digest, info)
+	if err != nil || !s.sound(d.Digest, info) {
+		return false
+	}
+	if info.Size() != d.Size { // it may have been mended
+		info, err = os.Lstat(s.blobPath(d.Digest))
+	}
+	return err == nil && info.Size() == d.Size
 }
 
 // noteBlob notes a stored blob as one of l.
@@ -485,6 +492,8 @@ type blobFile struct {
 	sent int64 // bytes on their way to the disk
 	done bool  // all is written
 	put  bool  // it is where it belongs
+
+	parity *parity // nil for none
 }
 
 // writeBehind is how many bytes of a blob wait to be written to the disk at most. The end of a build, which waits for
@@ -515,6 +524,9 @@ func (f writerFunc) Write(p []byte) (int, error) { return f(p) }
 
 func (b *blobFile) write(p []byte) (int, error) {
 	b.hash.Write(p)
+	if b.parity != nil {
+		b.parity.Write(p)
+	}
 	b.size += int64(len(p))
 	n, err := b.file.Write(p)
 	if b.size-b.sent >= writeBehind && err == nil {

@@ -94,13 +94,13 @@ func TestPromiseStored(t *testing.T) {
 	if again.Has(l) {
 		t.Error("the layer is still known")
 	}
-	again.PromiseStored(l, d)
+	again.PromiseStored(t.Context(), l, d)
 	if tree, err := again.Tree(t.Context(), l); err != nil {
 		t.Error(err)
 	} else if data, err := os.ReadFile(filepath.Join(tree, "a/b")); string(data) != "text" {
 		t.Errorf("%q, %v", data, err)
 	}
-	again.PromiseStored(Layer{digest.FromString("x")}, ocispec.Descriptor{Digest: digest.FromString("y"), Size: 1})
+	again.PromiseStored(t.Context(), Layer{digest.FromString("x")}, ocispec.Descriptor{Digest: digest.FromString("y"), Size: 1})
 	if again.Has(Layer{digest.FromString("x")}) {
 		t.Error("a blob that is not here is promised")
 	}

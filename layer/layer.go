@@ -10,7 +10,7 @@
 //	layers/<hex>/tree         unpacked as an overlay lower directory; .json: by which boot and id map
 //	layers/<hex>/blobs        which blobs hold it: JSON, algorithm, level, descriptor
 //	index.json, index.copy    the images that there are, twice
-//	copies/<hex>              second copies of their manifests, configs, indexes and statements
+//	copies/<hex>              manifests and the like again; .parity: what a layer's blob is mended by
 //	tmp/<process>, locks/     unfinished work and the files behind [Store.Lock]
 //
 // Everything appears by rename of a finished temporary; names are content
@@ -21,8 +21,8 @@
 //
 // Start at [Open]. writer.go makes layers, unpack.go reads foreign ones, blob.go holds the compressed side (estargz.go
 // the seekable one), tree.go the unpacked one, index.go the entry list, view.go stacks indexes, overlay.go and snapshot.go
-// serve RUN, storage.go does so without overlays, names.go keeps index.json, repair.go brings back what was damaged,
-// prune.go throws away.
+// serve RUN, storage.go does so without overlays, names.go keeps index.json, repair.go and
+// parity.go bring back what was damaged, prune.go throws away.
 package layer
 
 import (
@@ -106,7 +106,8 @@ It is an OCI image layout: oci-layout, index.json and blobs/ can be read with
 any OCI tool. Beside it:
 
   index.copy  index.json again, for when that is damaged
-  copies/     manifests and configs of images again, for when one in blobs/ is
+  copies/     manifests and configs of images again, and what blobs of layers
+              are mended by, for when one in blobs/ is damaged
   layers/     entry lists and unpacked trees of layers, by diff ID
   steps/      what build steps made, by cache key
   files/      digests of build context files, remembered by stat

@@ -116,6 +116,10 @@ func (p *pruning) remove(it Item) error {
 		name := filepath.Base(it.path)
 		p.gone[name] = true
 		p.s.forget(Layer{DiffID: digest.NewDigestFromEncoded(digest.SHA256, name)})
+	case KindBlob:
+		for _, spare := range p.s.spares(digest.Digest(it.ID)) {
+			_ = os.Remove(spare)
+		}
 	case KindMount:
 		_ = os.Remove(it.path + ".lock")
 	}

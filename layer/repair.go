@@ -14,8 +14,8 @@ import (
 
 // Of an image that is not built again nothing may be lost to a changed byte either. What nothing else can be made from,
 // its manifests, configs, indexes and statements, is small, and is kept twice: copies/ has it again, from when the image
-// is named. A blob that filo compressed comes out the same from another blob of its layer, or from its tree. A foreign one
-// can only be fetched again.
+// is named. A blob that filo compressed comes out the same from another blob of its layer, or from its tree; one that has
+// neither is mended by its parity, see parity.go. A foreign one can only be fetched again.
 
 // Keep is [Store.Durable] for an image that is about to be named. There is a second copy of its documents then.
 func (s *Store) Keep(ctx context.Context, documents, layers []digest.Digest) error {
@@ -27,12 +27,15 @@ func (s *Store) Keep(ctx context.Context, documents, layers []digest.Digest) err
 		files = append(files, s.blobPath(d), s.copyPath(d))
 	}
 	for _, d := range layers {
-		files = append(files, s.blobPath(d))
+		files = append(files, s.blobPath(d), s.parityPath(d))
 	}
 	return s.settle(ctx, files...)
 }
 
 func (s *Store) copyPath(d digest.Digest) string { return filepath.Join(s.dir, copies, hexOf(d)) }
+
+// spares are the files that a blob is restored from.
+func (s *Store) spares(d digest.Digest) []string { return []string{s.copyPath(d), s.parityPath(d)} }
 
 // copies is the directory of second copies.
 const copies = "copies"
@@ -65,18 +68,18 @@ func (s *Store) secondCopy(d digest.Digest) []byte {
 	return data
 }
 
-// restore puts the second copy of a blob in its place and says whether there is one. Where it cannot be put, as on a full
-// disk, the next one tries again.
-func (s *Store) restore(ctx context.Context, d digest.Digest) ([]byte, bool) {
+// restore puts the second copy of a blob in its place, and returns what is in it; nil if there is none. Where it cannot be
+// put, as on a full disk, the next one tries again.
+func (s *Store) restore(ctx context.Context, d digest.Digest) []byte {
 	kept := s.secondCopy(d)
 	if kept == nil {
-		return nil, false
+		return nil
 	}
 	s.repaired("blob %s", d)
 	if s.putFile(s.blobPath(d), kept) == nil {
 		_ = s.settle(ctx, s.blobPath(d)) // the copy stays where it is, should that be lost
 	}
-	return kept, true
+	return kept
 }
 
 // ErrDamaged is the error at the end of a stored blob that is not what it should be. Who opens it again gets the right
@@ -85,12 +88,21 @@ var ErrDamaged = errors.New("blob was damaged")
 
 // damaged restores a blob that turned out not to be what it should, or removes it.
 func (s *Store) damaged(ctx context.Context, d digest.Digest) {
-	if _, ok := s.restore(ctx, d); ok {
-		return
-	}
-	if os.Remove(s.blobPath(d)) == nil {
+	if !s.recover(ctx, d) && os.Remove(s.blobPath(d)) == nil {
 		s.repaired("blob %s", d)
 	}
+}
+
+// recover makes a blob right that is lost or damaged, from its second copy or by its parity, and says whether it could.
+func (s *Store) recover(ctx context.Context, d digest.Digest) bool {
+	if s.restore(ctx, d) != nil {
+		return true
+	}
+	if !s.mendBlob(ctx, d) {
+		return false
+	}
+	s.repaired("blob %s", d)
+	return true
 }
 
 // Ensure sees that a blob is here and right, as far as that shows without reading it: one that is promised is fetched,

@@ -6,11 +6,14 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"maps"
 	"os"
 	"slices"
 	"testing"
+	"time"
 
 	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
 // wrongs are what can happen to a file.
@@ -193,7 +196,7 @@ func TestRemakeForAnother(t *testing.T) {
 		}
 		again := reopen(t, s.Dir())
 		again.origin.Boot = "another" // so that no mark counts
-		again.PromiseStored(l, d)
+		again.PromiseStored(t.Context(), l, d)
 		for _, c := range []Compression{{Algorithm: Zstd}, {}} {
 			got, err := again.Blob(t.Context(), l, c, true)
 			if err == nil {
@@ -215,7 +218,7 @@ func TestRemakeNothing(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := os.Remove(s.blobPath(d.Digest)); err != nil {
+	if err := errors.Join(os.Remove(s.blobPath(d.Digest)), os.Remove(s.parityPath(d.Digest))); err != nil {
 		t.Fatal(err)
 	}
 	if err := s.Ensure(t.Context(), d.Digest); !errors.Is(err, fs.ErrNotExist) {
@@ -240,5 +243,55 @@ func TestRestoreNowhere(t *testing.T) {
 	defer func() { s.tmp = s.tmp[:len(s.tmp)-len("-not-here")] }()
 	if data, err := s.ReadBlob(t.Context(), d.Digest); err != nil || string(data) != "a manifest" {
 		t.Errorf("%q, %v", data, err)
+	}
+}
+
+func digestsOf(list ...ocispec.Descriptor) (all []digest.Digest) {
+	for _, d := range list {
+		all = append(all, d.Digest)
+	}
+	return all
+}
+
+// What a blob is restored from goes with it, and counts with it.
+func TestPruneSpares(t *testing.T) {
+	s := newStore(t)
+	c := Compression{}
+	l := buildLayer(t, s, Sinks{Blob: &c}, odd())
+	layerBlob, err := s.Blob(t.Context(), l, c, true)
+	if err != nil {
+		t.Fatal(err)
+	}
+	config, err := s.PutBlob(t.Context(), "text/plain", []byte("a config"))
+	if err == nil {
+		err = s.Keep(t.Context(), digestsOf(config), digestsOf(layerBlob))
+	}
+	orphan := s.copyPath(digest.FromString("gone"))
+	if err := errors.Join(err, os.WriteFile(orphan, []byte("gone"), 0o644)); err != nil {
+		t.Fatal(err)
+	}
+	all, err := s.Items(t.Context(), time.Now(), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	counts := map[string]int64{}
+	for _, it := range all {
+		if it.Kind == KindBlob {
+			counts[it.ID] += it.Bytes
+		}
+	}
+	want := map[string]int64{
+		config.Digest.String():             diskUse(s.blobPath(config.Digest)) + diskUse(s.copyPath(config.Digest)),
+		layerBlob.Digest.String():          diskUse(s.blobPath(layerBlob.Digest)) + diskUse(s.parityPath(layerBlob.Digest)),
+		digest.FromString("gone").String(): diskUse(orphan),
+	}
+	if !maps.Equal(counts, want) || len(counts) != 3 {
+		t.Errorf("counted %v, want %v", counts, want)
+	}
+	if _, err := s.Prune(t.Context(), PruneOptions{Now: time.Now(), Choose: func(all []Item) []Item { return all }}); err != nil {
+		t.Fatal(err)
+	}
+	if left, err := os.ReadDir(s.inDir(copies)); err != nil || len(left) > 0 {
+		t.Errorf("left: %v, %v", left, err)
 	}
 }

@@ -60,7 +60,7 @@ func (s *Store) used(name string, info os.FileInfo) {
 	s.touch(name)
 }
 
-// sound says whether the stored blob d holds what it should; one that does not is removed.
+// sound says whether the stored blob d holds what it should; one that does not is mended or removed.
 func (s *Store) sound(d digest.Digest, info os.FileInfo) bool {
 	s.mu.Lock()
 	known := s.verified[d]
@@ -74,7 +74,8 @@ func (s *Store) sound(d digest.Digest, info os.FileInfo) bool {
 	}
 	defer r.Close()
 	if _, err := io.CopyBuffer(io.Discard, onlyReader{r}, make([]byte, copyBuffer)); err != nil {
-		return false
+		now, err := os.Lstat(s.blobPath(d))
+		return err == nil && s.stamped(now)
 	}
 	s.stamp(s.blobPath(d))
 	if now, err := os.Lstat(s.blobPath(d)); err == nil { // where nothing can be stamped

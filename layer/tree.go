@@ -220,7 +220,7 @@ func (s *Store) rebuild(ctx context.Context, l Layer, k Sinks, x *index, dir str
 		return err
 	}
 	defer dirs.close()
-	w, err := s.Create(ctx, k)
+	w, err := s.newWriter(ctx, k, "")
 	if err != nil {
 		return err
 	}

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strings"
 	"time"
 
 	"github.com/opencontainers/go-digest"
@@ -17,7 +18,7 @@ type Kind string
 // The kinds of things in the state directory.
 const (
 	KindLayer  Kind = "layer"      // entry list and unpacked tree
-	KindBlob   Kind = "blob"       // layers as images hold them, manifests, configs; second copies of these
+	KindBlob   Kind = "blob"       // layers as images hold them, manifests, configs, with what they are restored from
 	KindMount  Kind = "cachemount" // contents of RUN --mount=type=cache
 	KindSource Kind = "source"     // downloads, and where images came from
 	KindRecord Kind = "record"     // what build steps made, digests of files
@@ -85,13 +86,20 @@ func (l *lister) list(kind Kind, dir string) error {
 		if kind == KindMount && filepath.Ext(d.Name()) == ".lock" {
 			continue // goes with its directory
 		}
+		name := d.Name()
+		if dir == copies {
+			name = strings.TrimSuffix(name, paritySuffix)
+			if _, err := os.Lstat(filepath.Join(l.s.dir, "blobs", "sha256", name)); err == nil {
+				continue // goes with its blob
+			}
+		}
 		info, err := d.Info()
 		if err != nil {
 			continue // gone meanwhile
 		}
-		it := Item{Kind: kind, ID: d.Name(), Used: info.ModTime(), path: filepath.Join(l.s.dir, dir, d.Name())}
+		it := Item{Kind: kind, ID: name, Used: info.ModTime(), path: filepath.Join(l.s.dir, dir, d.Name())}
 		it.Bytes = diskUse(it.path)
-		l.know(&it, d.Name())
+		l.know(&it, name)
 		if it.Used.After(l.now) {
 			it.Used = l.now
 		}
@@ -120,6 +128,11 @@ func (l *lister) know(it *Item, name string) {
 	case KindBlob: // comes after the layers
 		it.ID, it.InUse = "sha256:"+name, l.needed.blobs[name]
 		it.owner = l.owners[name]
+		if filepath.Base(filepath.Dir(it.path)) != copies {
+			for _, spare := range l.s.spares(digest.Digest(it.ID)) {
+				it.Bytes += diskUse(spare)
+			}
+		}
 		for _, layer := range it.owner {
 			later(l.latest[layer])
 		}

@@ -57,7 +57,11 @@ func (s *Store) Create(ctx context.Context, k Sinks) (*Writer, error) {
 	if k.Blob == nil && !k.Tree {
 		return nil, errors.New("create layer: neither blob nor tree asked for")
 	}
-	return s.newWriter(ctx, k, "")
+	w, err := s.newWriter(ctx, k, "")
+	if err == nil && !k.Tree {
+		w.blob.parity = &parity{} // there is nothing else to make the blob from again
+	}
+	return w, err
 }
 
 // createAdopting is Create for entries whose files are already unpacked in

@@ -186,7 +186,7 @@ func (r *reader) promise(ctx context.Context, d ocispec.Descriptor, diffID diges
 	}
 	plain := ocispec.Descriptor{MediaType: t, Digest: d.Digest, Size: d.Size, Annotations: layer.ManifestAnnotations(d)}
 	if r.client == nil {
-		r.store.PromiseStored(l, plain)
+		r.store.PromiseStored(ctx, l, plain)
 		return l, nil
 	}
 	client, ref := r.client, r.ref
