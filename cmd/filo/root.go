@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"time"
 
@@ -152,6 +153,9 @@ type state struct {
 func (a *app) open(enter bool) (*state, error) {
 	s := &state{}
 	var err error
+	if !slices.Contains([]string{"auto", "root", "rootless", "chroot"}, a.isolation) {
+		return nil, &usageError{"filo", fmt.Errorf("--isolation %q: must be auto, root, rootless or chroot", a.isolation)}
+	}
 	if enter {
 		if s.ground, err = sandbox.Enter(a.isolation); err != nil {
 			return nil, err
