@@ -283,7 +283,7 @@ func (s *Store) OpenBlob(ctx context.Context, dgst digest.Digest) (io.ReadCloser
 func (s *Store) openStored(ctx context.Context, dgst digest.Digest) (io.ReadCloser, int64, error) {
 	path := s.blobPath(dgst)
 	f, err := os.Open(path)
-	if errors.Is(err, fs.ErrNotExist) && s.recover(ctx, dgst) {
+	if errors.Is(err, fs.ErrNotExist) && s.revive(ctx, dgst) {
 		f, err = os.Open(path)
 	}
 	if err != nil {

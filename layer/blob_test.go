@@ -221,8 +221,13 @@ func TestBlobFromForeignTree(t *testing.T) {
 	}
 }
 
+// A damaged blob is mended, or else fetched again.
 func TestDamagedBlob(t *testing.T) {
-	for _, size := range []int{-1, 0} {
+	for _, c := range []struct {
+		size    int
+		parity  bool
+		fetches int32
+	}{{-1, true, 1}, {0, true, 1}, {-1, false, 2}, {0, false, 2}} {
 		s := newStore(t)
 		l, d, fetches := promised(t, s, foreignTar(t, "f a 1"))
 		if _, err := s.index(t.Context(), l); err != nil {
@@ -231,8 +236,13 @@ func TestDamagedBlob(t *testing.T) {
 		path := s.blobPath(d.Digest)
 		data, _ := os.ReadFile(path)
 		data[len(data)-6] ^= 1
-		if err := os.WriteFile(path, data[:len(data)+size], 0o644); err != nil {
+		if err := os.WriteFile(path, data[:len(data)+c.size], 0o644); err != nil {
 			t.Fatal(err)
+		}
+		if !c.parity {
+			if err := os.Remove(s.parityPath(d.Digest)); err != nil {
+				t.Fatal(err)
+			}
 		}
 		r, _, err := s.OpenBlob(t.Context(), d.Digest)
 		if err != nil {
@@ -246,7 +256,7 @@ func TestDamagedBlob(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if _, err := io.ReadAll(r); err != nil || fetches.Load() != 2 {
+		if _, err := io.ReadAll(r); err != nil || fetches.Load() != c.fetches {
 			t.Errorf("second read: %v, %d fetches", err, fetches.Load())
 		}
 		r.Close()

@@ -16,9 +16,10 @@ import (
 )
 
 // A layer that no RUN is on, as the last ones of most images, has no tree: were its blob damaged, it could be made from
-// nothing but the files of a build that may never come again. Its blob gets a parity file while it is written, of 64 KiB
-// and a thousandth: a checksum for each block, and for each of 16 rows of blocks, dealt out in turn, their exclusive or.
-// From it any one block a row is restored: what a disk loses at one place, and a blob of at most 64 KiB whole.
+// nothing but the files of a build that may never come again. Nor can a foreign one be made from its tree, and its registry
+// may be gone. Their blobs get a parity file while they are written, of 64 KiB and a thousandth: a checksum for each block,
+// and for each of 16 rows of blocks, dealt out in turn, their exclusive or. From it any one block a row is restored: what a
+// disk loses at one place, and a blob of at most 64 KiB whole.
 const (
 	parityMagic = "filo parity 1\n\x00\x00"
 	parityBlock = 4 << 10

@@ -15,7 +15,7 @@ import (
 // Of an image that is not built again nothing may be lost to a changed byte either. What nothing else can be made from,
 // its manifests, configs, indexes and statements, is small, and is kept twice: copies/ has it again, from when the image
 // is named. A blob that filo compressed comes out the same from another blob of its layer, or from its tree; one that has
-// neither is mended by its parity, see parity.go. A foreign one can only be fetched again.
+// neither, or one that was fetched, is mended by its parity, see parity.go.
 
 // Keep is [Store.Durable] for an image that is about to be named. There is a second copy of its documents then.
 func (s *Store) Keep(ctx context.Context, documents, layers []digest.Digest) error {
@@ -88,13 +88,13 @@ var ErrDamaged = errors.New("blob was damaged")
 
 // damaged restores a blob that turned out not to be what it should, or removes it.
 func (s *Store) damaged(ctx context.Context, d digest.Digest) {
-	if !s.recover(ctx, d) && os.Remove(s.blobPath(d)) == nil {
+	if !s.revive(ctx, d) && os.Remove(s.blobPath(d)) == nil {
 		s.repaired("blob %s", d)
 	}
 }
 
-// recover makes a blob right that is lost or damaged, from its second copy or by its parity, and says whether it could.
-func (s *Store) recover(ctx context.Context, d digest.Digest) bool {
+// revive makes a blob right that is lost or damaged, from its second copy or by its parity, and says whether it could.
+func (s *Store) revive(ctx context.Context, d digest.Digest) bool {
 	if s.restore(ctx, d) != nil {
 		return true
 	}
@@ -106,9 +106,9 @@ func (s *Store) recover(ctx context.Context, d digest.Digest) bool {
 }
 
 // Ensure sees that a blob is here and right, as far as that shows without reading it: one that is promised is fetched,
-// one that is lost made again. If it can be had from nowhere, the error wraps fs.ErrNotExist.
+// one that is damaged mended, one that is lost made again. If it can be had from nowhere, the error wraps fs.ErrNotExist.
 func (s *Store) Ensure(ctx context.Context, d digest.Digest) error {
-	if info, err := os.Lstat(s.blobPath(d)); err == nil && s.sound(d, info) { // else it is removed
+	if info, err := os.Lstat(s.blobPath(d)); err == nil && s.sound(d, info) { // else it is mended or removed
 		s.used(s.blobPath(d), info)
 		return nil
 	}

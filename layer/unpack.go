@@ -191,6 +191,7 @@ func (s *Store) obtainBlob(ctx context.Context, l Layer, n need, o origin, dir s
 			return err
 		}
 		defer u.blob.Close()
+		u.parity = &parity{}
 	}
 	if s.wantsTree(l, n) {
 		if u.tree, err = s.newTree(filepath.Join(dir, "tree")); err != nil {
@@ -224,7 +225,7 @@ func (s *Store) putUnpacked(ctx context.Context, l Layer, n need, u *unpacking, 
 	if u.blob == nil {
 		err = s.noteBlob(ctx, l, b)
 	} else if err = errors.Join(u.blob.Chmod(0o644), u.blob.Close()); err == nil {
-		err = s.putLayerBlob(ctx, l, u.blob.Name(), b)
+		err = errors.Join(s.putLayerBlob(ctx, l, u.blob.Name(), b), s.putParity(b.Descriptor.Digest, u.parity))
 	}
 	if err != nil {
 		return err
@@ -237,6 +238,7 @@ type unpacking struct {
 	ctx       context.Context
 	desc      ocispec.Descriptor
 	blob      *os.File // copy of the compressed bytes, nil for none
+	parity    *parity  // of them
 	tree      *tree    // nil for none
 	diff      hash.Hash
 	algorithm string
@@ -246,7 +248,7 @@ type unpacking struct {
 func (u *unpacking) read(body io.Reader) error {
 	var in io.Reader = newVerifier(u.ctx, body, u.desc.Digest, u.desc.Size)
 	if u.blob != nil {
-		in = io.TeeReader(in, u.blob)
+		in = io.TeeReader(in, io.MultiWriter(u.blob, u.parity))
 	}
 	err := u.readTar(payload(in, u.desc))
 	if err != nil && u.ctx.Err() != nil {

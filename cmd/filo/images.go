@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"strings"
 	"text/tabwriter"
@@ -55,7 +56,7 @@ func (a *app) listImages(ctx context.Context, s *state, asJSON bool) error {
 	for _, n := range all {
 		r, err := s.row(ctx, n)
 		if err != nil {
-			fmt.Fprintf(a.stderr, "WARNING: %s: %v\n", n.Name, err)
+			a.warnOf(n, err)
 			continue
 		}
 		rows = append(rows, r)
@@ -73,6 +74,17 @@ func (a *app) listImages(ctx context.Context, s *state, asJSON bool) error {
 		fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\n", name, short(r.ID), short(r.Digest), strings.Join(r.Platforms, ","), a.ago(r.Created), units.HumanSize(float64(r.Size)))
 	}
 	return w.Flush()
+}
+
+// warnOf says why an image cannot be listed, and what helps.
+func (a *app) warnOf(n image.Named, err error) {
+	if !errors.Is(err, image.ErrDamaged) { // that has the name
+		err = fmt.Errorf("%s: %w", n.Name, err)
+	}
+	fmt.Fprintf(a.stderr, "WARNING: %v\n", err)
+	if h := hint(err, nil); h != "" {
+		fmt.Fprintf(a.stderr, "hint: %s\n", h)
+	}
 }
 
 // row describes an image of the store; of several platforms, ID and time are the first one's.
