@@ -16,10 +16,11 @@ build:
 test:
 	$(GO) test -timeout 20m ./... ./testdata/toybox
 
-# Format, vet, the doors of the house, and a linter.
+# Format, vet (also with 32 bits), the doors of the house, and a linter.
 check:
 	@test -z "$$(gofmt -l .)" || { gofmt -l . && echo "run gofmt -w on these" && false; }
 	$(GO) vet ./... ./testdata/toybox
+	GOARCH=386 $(GO) vet ./... ./testdata/toybox
 	$(GO) test -run 'TestTopLevel|TestFloors|TestPowers|TestGoroutines|TestPackageDocs|TestExportedDocs|TestDoors' ./cmd/filo
 	$(GO) run $(STATICCHECK) ./... ./testdata/toybox
 

@@ -27,7 +27,7 @@ const (
 
 // expand expands a word; a result of an absurd size is an error.
 func (l lexer) expand(word string, vars shell.EnvGetter) (shell.ProcessWordResult, error) {
-	if l.worst(word, vars) > len(word)+maxReplace {
+	if l.worst(word, vars) > int64(len(word)+maxReplace) {
 		return shell.ProcessWordResult{}, fmt.Errorf("expand %.20q: the result could be too large", word)
 	}
 	c := &counted{EnvGetter: vars}
@@ -54,16 +54,16 @@ func (c *counted) Get(k string) (string, bool) {
 
 // brace is an open ${ while a word is measured.
 type brace struct {
-	size  int  // of what stands in it
-	times int  // how often that can appear in the result
-	quote rune // open in it; 0 for none
+	size  int64 // of what stands in it
+	times int64 // how often that can appear in the result
+	quote rune  // open in it; 0 for none
 }
 
 // worst returns a size that the result of a word with ${A//pattern/replacement} in it will not exceed, for each of
 // A's bytes may become a replacement. Where it cannot know how the lexer will read the word it takes more.
-func (l lexer) worst(word string, vars shell.EnvGetter) int {
+func (l lexer) worst(word string, vars shell.EnvGetter) int64 {
 	if !strings.Contains(word, "//") {
-		return len(word)
+		return int64(len(word))
 	}
 	const enough = maxReplace << 8 // more makes no difference, and does not overflow when multiplied
 	stack := []brace{{times: 1}}
@@ -85,9 +85,9 @@ func (l lexer) worst(word string, vars shell.EnvGetter) int {
 		case r == '$':
 			name, open, all := variableAt(word[i+1:])
 			v, _ := vars.Get(name)
-			top.size += len(v)
+			top.size += int64(len(v))
 			if open && all {
-				stack = append(stack, brace{times: min(len(v), maxWord) + 1})
+				stack = append(stack, brace{times: int64(min(len(v), maxWord)) + 1})
 			} else if open {
 				stack = append(stack, brace{times: 1})
 			}

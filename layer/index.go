@@ -539,7 +539,7 @@ func (b *indexBuilder) add(e Entry) error {
 			return errOrder
 		}
 	}
-	if len(b.records) > 1<<32-1<<21 {
+	if uint64(len(b.records)) > 1<<32-1<<21 {
 		return errors.New("layer has too many entries")
 	}
 	b.last, b.lastType = e.Path, e.Type

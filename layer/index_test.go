@@ -57,7 +57,7 @@ func indexed(t testing.TB, entries ...Entry) *index {
 
 func someEntries() []Entry {
 	return []Entry{
-		{Path: "a", Type: Dir, Mode: 0o1777, UID: 1 << 31, GID: 5, ModTime: -1},
+		{Path: "a", Type: Dir, Mode: 0o1777, UID: 1<<31 - 1, GID: 5, ModTime: -1},
 		{Path: "a", Type: Opaque},
 		{Path: "a/f", Type: Regular, Mode: 0o644, Size: 1 << 40, Digest: digest.FromString("f"), ModTime: 1 << 40, Xattrs: map[string]string{"user.x": "", "user.y": "\x00"}},
 		{Path: "a/gone", Type: Whiteout},

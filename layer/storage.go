@@ -33,7 +33,7 @@ func BestStorage(dir string) Storage {
 		}
 		dir = filepath.Dir(dir)
 	}
-	if st.Type == unix.BTRFS_SUPER_MAGIC {
+	if uint32(st.Type) == unix.BTRFS_SUPER_MAGIC {
 		return StorageBtrfs
 	}
 	return StorageVFS

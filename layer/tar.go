@@ -16,6 +16,9 @@ const (
 	xattrRecord    = "SCHILY.xattr."
 )
 
+// maxID is the highest owner that a file can have; the one above it means "as it is" to chown.
+const maxID = math.MaxUint32 - 1
+
 // header is the one tar header that e has: no user and group names, no times
 // but the modification's, PAX records only for what does not fit otherwise.
 func header(e Entry) (*tar.Header, error) {
@@ -76,7 +79,7 @@ func canonical(e Entry) (Entry, error) {
 	if e.Type == Whiteout {
 		return Entry{Path: e.Path, Type: Whiteout}, nil
 	}
-	if e.UID < 0 || e.GID < 0 || e.UID > math.MaxUint32-1 || e.GID > math.MaxUint32-1 {
+	if e.UID < 0 || e.GID < 0 || int64(e.UID) > maxID || int64(e.GID) > maxID {
 		return e, fmt.Errorf("owner %d:%d is out of range", e.UID, e.GID)
 	}
 	if e.Size < 0 {

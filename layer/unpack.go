@@ -10,7 +10,6 @@ import (
 	"io"
 	"io/fs"
 	"maps"
-	"math"
 	"os"
 	"path"
 	"path/filepath"
@@ -432,7 +431,7 @@ func entryOf(h *tar.Header) (Entry, error) {
 		Mode: uint32(h.Mode & 0o7777), UID: h.Uid, GID: h.Gid,
 		ModTime: h.ModTime.Unix(), Xattrs: HeaderXattrs(h),
 	}
-	if e.UID < 0 || e.GID < 0 || e.UID > math.MaxUint32-1 || e.GID > math.MaxUint32-1 {
+	if e.UID < 0 || e.GID < 0 || int64(e.UID) > maxID || int64(e.GID) > maxID {
 		return e, fmt.Errorf("owner %d:%d is out of range", e.UID, e.GID)
 	}
 	switch h.Typeflag {

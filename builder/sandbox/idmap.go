@@ -16,7 +16,7 @@ import (
 
 // idRange is a line of a map: count IDs from inside on are those from outside
 // on in the parent namespace.
-type idRange struct{ inside, outside, count int }
+type idRange struct{ inside, outside, count int64 }
 
 // idMap is one way to give a user namespace its IDs.
 type idMap struct {
@@ -87,8 +87,8 @@ func helperMap() idMap {
 	}
 	m := idMap{
 		how: "newuidmap maps the range of /etc/subuid",
-		uid: append([]idRange{{0, os.Geteuid(), 1}}, uids...),
-		gid: append([]idRange{{0, os.Getegid(), 1}}, gids...),
+		uid: append([]idRange{{0, int64(os.Geteuid()), 1}}, uids...),
+		gid: append([]idRange{{0, int64(os.Getegid()), 1}}, gids...),
 	}
 	for _, helper := range []string{"newuidmap", "newgidmap"} {
 		if _, err := helperPath(helper); err != nil {
@@ -113,15 +113,15 @@ func granted(file string) (ranges []idRange, err error) {
 		return nil, err
 	}
 	defer f.Close()
-	inside := 1
+	inside := int64(1)
 	for s := bufio.NewScanner(f); s.Scan(); {
 		who, rest, _ := strings.Cut(strings.TrimSpace(s.Text()), ":")
 		start, count, ok := strings.Cut(rest, ":")
 		if !ok || who != name && who != id {
 			continue
 		}
-		first, err1 := strconv.Atoi(start)
-		n, err2 := strconv.Atoi(count)
+		first, err1 := strconv.ParseInt(start, 10, 64)
+		n, err2 := strconv.ParseInt(count, 10, 64)
 		if err1 != nil || err2 != nil || first <= 0 || n <= 0 {
 			continue
 		}
@@ -157,9 +157,10 @@ func helperPath(helper string) (string, error) {
 }
 
 func help(helper string, pid int, ranges []idRange) error {
+	decimal := func(n int64) string { return strconv.FormatInt(n, 10) }
 	args := []string{helper, strconv.Itoa(pid)}
 	for _, r := range ranges {
-		args = append(args, strconv.Itoa(r.inside), strconv.Itoa(r.outside), strconv.Itoa(r.count))
+		args = append(args, decimal(r.inside), decimal(r.outside), decimal(r.count))
 	}
 	program, err := helperPath(helper)
 	if err != nil {
@@ -190,8 +191,8 @@ func help(helper string, pid int, ranges []idRange) error {
 func oneID() idMap {
 	m := idMap{
 		how: "only one ID, the user's own",
-		uid: []idRange{{0, os.Geteuid(), 1}},
-		gid: []idRange{{0, os.Getegid(), 1}},
+		uid: []idRange{{0, int64(os.Geteuid()), 1}},
+		gid: []idRange{{0, int64(os.Getegid()), 1}},
 	}
 	m.write = func(pid int) error { return m.writeFiles(pid, "deny") }
 	return m

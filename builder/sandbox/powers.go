@@ -102,15 +102,15 @@ func (q *sequence) setUser(p Process, sameGroups bool) {
 	unknown := func(step string) {
 		q.blame(func(errno syscall.Errno) error { return at(step, noSuchID(errno)) })
 	}
-	q.add("set groups", unix.SYS_SETGROUPS, len(groups), unsafe.Pointer(unsafe.SliceData(groups)))
+	q.add("set groups", sysSetgroups, len(groups), unsafe.Pointer(unsafe.SliceData(groups)))
 	unknown("set groups")
 	if sameGroups || p.UID == os.Getuid() && p.GID == os.Getgid() {
 		q.tolerate(0, unix.EPERM)
 	}
-	q.add("set group", unix.SYS_SETRESGID, p.GID, p.GID, p.GID)
+	q.add("set group", sysSetresgid, p.GID, p.GID, p.GID)
 	unknown("set group")
 	q.add("keep capabilities", unix.SYS_PRCTL, unix.PR_SET_KEEPCAPS, 1, 0, 0, 0)
-	q.add("set user", unix.SYS_SETRESUID, p.UID, p.UID, p.UID)
+	q.add("set user", sysSetresuid, p.UID, p.UID, p.UID)
 	unknown("set user")
 	q.add("keep capabilities", unix.SYS_PRCTL, unix.PR_SET_KEEPCAPS, 0, 0, 0, 0)
 }

@@ -213,10 +213,10 @@ func insideSys(name string) error {
 		_, _, errno := syscall.RawSyscall(4000, 0, 0, 0)
 		return report0(errno)
 	case "vsock":
-		_, _, errno := syscall.RawSyscall(syscall.SYS_SOCKET, 40, 1, 0)
+		_, _, errno := syscall.RawSyscall(unix.SYS_SOCKET, 40, 1, 0)
 		return report0(errno)
 	case "inet":
-		_, _, errno := syscall.RawSyscall(syscall.SYS_SOCKET, 2, 1, 0)
+		_, _, errno := syscall.RawSyscall(unix.SYS_SOCKET, 2, 1, 0)
 		return report0(errno)
 	case "mknod":
 		return syscall.Mknod("/tmp/node", syscall.S_IFCHR|0o600, 1<<8|3)
