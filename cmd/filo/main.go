@@ -9,6 +9,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -64,7 +65,7 @@ func run(args []string, w world) int {
 	ctx, stop := untilSignal(context.Background())
 	defer stop()
 	a := &app{world: w, repairs: &repairs{}}
-	err := a.command(args).ExecuteContext(ctx)
+	err := cmp.Or(a.command(args).ExecuteContext(ctx), a.misused)
 	fmt.Fprint(w.stderr, a.repairs.line())
 	if err == nil {
 		return 0

@@ -46,6 +46,7 @@ type app struct {
 	storage   string            // --storage
 	display   *progress.Display // of a build; its last lines are shown with an error
 	repairs   *repairs
+	misused   error // help was asked for about what is no command
 }
 
 const longHelp = `filo builds OCI images from Dockerfiles. It is one program: no daemon, no root needed.
@@ -68,6 +69,8 @@ Environment:
   BUILDKIT_PROGRESS       default of build --progress
   NO_COLOR                no colours on a terminal
   SSH_AUTH_SOCK           agent of build --ssh default
+  BUILDX_GIT_LABELS       1 labels images with source and revision of the git checkout they are built from
+  BUILDX_GIT_CHECK_DIRTY  1 marks the revision of a checkout that was changed as dirty
 `
 
 // command returns the command line of filo, ready to execute args.
@@ -92,12 +95,40 @@ func (a *app) command(args []string) *cobra.Command {
 		}
 		return &usageError{c.CommandPath(), err}
 	})
+	help := cmd.HelpFunc()
+	cmd.SetHelpFunc(func(c *cobra.Command, words []string) {
+		if !c.HasParent() && c.Flags().NArg() > 0 { // filo nope --help: cobra takes any help for a success
+			a.misused = &usageError{c.CommandPath(), fmt.Errorf("unknown command %q", c.Flags().Arg(0))}
+			return
+		}
+		help(c, words)
+	})
+	cmd.SetHelpCommand(helpCommand(cmd))
 	cmd.PersistentFlags().StringVar(&a.stateDir, "root", "", "state `directory` (default $FILO_ROOT, or a per-user directory)")
 	cmd.PersistentFlags().StringVar(&a.hosts, "registry-config", "", "mirrors, http and authorities of registries: a registries.conf, a hosts.toml, or a `directory` of HOST/hosts.toml (default $FILO_REGISTRY_CONFIG)")
 	cmd.PersistentFlags().StringVar(&a.isolation, "isolation", "auto", "how steps are isolated: auto, root, rootless or chroot")
 	cmd.PersistentFlags().StringVar(&a.storage, "storage", "auto", "how layers become one directory for RUN: auto, overlay, btrfs or vfs")
 	cmd.AddCommand(a.build(), a.push(), a.pull(), a.images(), a.inspect(), a.history(), a.tag(), a.rmi(), a.prune(), a.du(), a.info(), a.versionCommand())
 	return cmd
+}
+
+// helpCommand is `filo help`. It differs from cobra's own in that it fails for what is no command.
+func helpCommand(root *cobra.Command) *cobra.Command {
+	return &cobra.Command{
+		Use:   "help [command]",
+		Short: "Help about any command",
+		RunE: func(c *cobra.Command, args []string) error {
+			of, rest, err := root.Find(args)
+			if err == nil && len(rest) > 0 {
+				err = fmt.Errorf("unknown command %q", strings.Join(args, " "))
+			}
+			if err != nil {
+				return &usageError{root.CommandPath(), err}
+			}
+			of.InitDefaultHelpFlag()
+			return of.Help()
+		},
+	}
 }
 
 // usageError is a command line that filo does not understand.
