@@ -2,17 +2,25 @@ package source
 
 import (
 	"context"
+	"net/url"
 	"os/exec"
 	"strings"
 )
 
-// Checkout returns the remote and the commit of the git checkout that a local directory is in; "" for what there is not,
-// or if there is no program git. Nobody verified it: whether files were changed since is not looked at. Only git's own
-// files are read; nothing that the repository brings along is run.
-func Checkout(ctx context.Context, dir string) (remote, commit string) {
+// Checkout is the git checkout that a local directory is in; a field is "" for what there is not. Nobody verified it.
+type Checkout struct {
+	Remote string // a URL, without the name and password that may stand in it
+	Commit string // followed by -dirty if files were changed since and that was asked for
+	Top    string // directory
+}
+
+// FindCheckout returns the checkout that dir is in, and nothing if there is none or no program git. Only git's own files
+// are read and nothing that the repository brings along is run, unless dirty asks whether files were changed since: then
+// git looks at them as its configuration says, with filters that are programs.
+func FindCheckout(ctx context.Context, dir string, dirty bool) Checkout {
 	git, err := exec.LookPath("git")
 	if err != nil {
-		return "", ""
+		return Checkout{}
 	}
 	ask := func(args ...string) string {
 		out, err := exec.CommandContext(ctx, git, append([]string{"-C", dir, "-c", "core.fsmonitor=false"}, args...)...).Output()
@@ -21,8 +29,27 @@ func Checkout(ctx context.Context, dir string) (remote, commit string) {
 		}
 		return strings.TrimSpace(string(out))
 	}
-	if commit = ask("rev-parse", "--verify", "HEAD"); !isCommit(commit) {
-		return "", ""
+	c := Checkout{Commit: ask("rev-parse", "--verify", "HEAD")}
+	if !isCommit(c.Commit) {
+		return Checkout{}
 	}
-	return ask("config", "--get", "remote.origin.url"), commit
+	if dirty && ask("--no-optional-locks", "status", "--porcelain", "--ignored=no") != "" {
+		c.Commit += "-dirty"
+	}
+	c.Remote = anonymous(ask("config", "--get", "remote.origin.url"))
+	c.Top = ask("rev-parse", "--show-toplevel")
+	return c
+}
+
+// anonymous is a remote without name and password, "" if they cannot be told from the rest.
+func anonymous(remote string) string {
+	if !strings.Contains(remote, "://") { // a path, or host:path
+		return remote
+	}
+	u, err := url.Parse(remote)
+	if err != nil {
+		return ""
+	}
+	u.User = nil
+	return u.String()
 }

@@ -4,7 +4,9 @@ import (
 	"context"
 	"crypto/rand"
 	"fmt"
+	"maps"
 	"path"
+	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
@@ -71,21 +73,59 @@ func (j *job) statements(r builder.Result) func(int, []ocispec.Descriptor) ([]at
 	}
 }
 
-// checkout notes the git checkout that a local context is in, as buildx does. BUILDX_GIT_INFO=false keeps it out.
-func (j *job) checkout(ctx context.Context, dir string) {
-	if v := j.getenv("BUILDX_GIT_INFO"); dir == "" || j.wanted.Provenance == nil || v != "" && !truthy(v) {
+// checkout notes the git checkout that a local context is in, as buildx does: for the provenance, but for
+// BUILDX_GIT_INFO=false, and with BUILDX_GIT_LABELS as labels of the image. Labels that --label gives stay.
+func (j *job) checkout(ctx context.Context, dir, dockerfile string) {
+	v := j.getenv("BUILDX_GIT_INFO")
+	info := j.wanted.Provenance != nil && (v == "" || truthy(v))
+	v = j.getenv("BUILDX_GIT_LABELS")
+	labels := v == "full" || truthy(v)
+	if dir == "" || !info && !labels {
 		return
 	}
-	remote, commit := source.Checkout(ctx, dir)
-	for k, v := range map[string]string{"source": remote, "revision": commit} {
-		if v == "" {
-			continue
-		}
-		if j.origin.vcs == nil {
-			j.origin.vcs = map[string]string{}
-		}
-		j.origin.vcs[k] = v
+	c := source.FindCheckout(ctx, dir, truthy(j.getenv("BUILDX_GIT_CHECK_DIRTY")))
+	if info {
+		j.origin.vcs = present(map[string]string{"source": c.Remote, "revision": c.Commit})
 	}
+	if !labels {
+		return
+	}
+	for k, v := range present(map[string]string{
+		ocispec.AnnotationSource: c.Remote, ocispec.AnnotationRevision: c.Commit,
+		"com.docker.image.source.entrypoint": inside(c.Top, dockerfile),
+	}) {
+		if _, ok := j.req.Labels[k]; !ok {
+			j.req.Labels[k] = v
+		}
+	}
+}
+
+// present is m without its empty values, nil if that is nothing.
+func present(m map[string]string) map[string]string {
+	maps.DeleteFunc(m, func(_, v string) bool { return v == "" })
+	if len(m) == 0 {
+		return nil
+	}
+	return m
+}
+
+// inside is the path of a file relative to the directory top; "" if it is not in it, or one of them is "".
+func inside(top, file string) string {
+	if top == "" || file == "" {
+		return ""
+	}
+	dir, err := filepath.Abs(filepath.Dir(file))
+	if err == nil {
+		dir, err = filepath.EvalSymlinks(dir)
+	}
+	if err != nil {
+		return ""
+	}
+	rel, err := filepath.Rel(top, filepath.Join(dir, filepath.Base(file)))
+	if err != nil || !filepath.IsLocal(rel) {
+		return ""
+	}
+	return rel
 }
 
 // title is the first name of the result; "" for none.

@@ -46,7 +46,7 @@ func (j *job) read(ctx context.Context, ref string) error {
 	j.origin.file = d.name
 	j.origin.here = src.Local || ref == "-" || d.path != "" || file == "-" || source.IsURL(file)
 	j.origin.opened("", ref, src)
-	j.checkout(ctx, src.Root)
+	j.checkout(ctx, src.Root, d.path)
 	if src.Local {
 		if j.req.Context, err = j.ignore(src.FS, d); err != nil {
 			return err
@@ -215,7 +215,7 @@ func remoteDockerfile(file string, src *source.Source, stdin bool) (dockerfileTe
 	return dockerfileText{}, errors.New("open Dockerfile: the context has none; --file names it")
 }
 
-// ignore hides what the ignore file excludes: the one beside the Dockerfile that is named like it, else .dockerignore.
+// ignore hides what the ignore file excludes: the one beside the Dockerfile that is named like it, else the context's.
 func (j *job) ignore(fsys fs.FS, d dockerfileText) (fs.FS, error) {
 	var patterns []string
 	err := j.task("[internal] load .dockerignore", func(say func(string)) (err error) {
@@ -231,14 +231,19 @@ func (j *job) ignore(fsys fs.FS, d dockerfileText) (fs.FS, error) {
 	return source.Ignore(fsys, patterns)
 }
 
+// ignoreNames are the names of the ignore file of a context, in the order of trying.
+var ignoreNames = [...]string{".dockerignore", ".containerignore"}
+
 func readIgnore(fsys fs.FS, dockerfile string) ([]string, int, error) {
 	var text []byte
 	err := fs.ErrNotExist
 	if dockerfile != "" {
 		text, err = os.ReadFile(dockerfile + ".dockerignore")
 	}
-	if errors.Is(err, fs.ErrNotExist) {
-		text, err = fs.ReadFile(fsys, ".dockerignore")
+	for _, name := range ignoreNames {
+		if errors.Is(err, fs.ErrNotExist) {
+			text, err = fs.ReadFile(fsys, name)
+		}
 	}
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, 0, nil
