@@ -157,6 +157,8 @@ const (
 	Warned
 	Entered // a phase begins; it may come before Started or end after the vertex did
 	Left    // and ends
+	Moving  // some bytes of something came
+	Moved   // all of them
 )
 
 // The phases of a vertex.
@@ -176,7 +178,9 @@ type Event struct {
 	Name   string // `[stage 2/5] RUN apt-get update`
 	State  State
 	Stream int    // Log: 1 for standard output, 2 for standard error
-	Data   []byte // Log, Warned: the text; Entered, Left: the phase
+	Data   []byte // Log, Warned: the text; Entered, Left: the phase; Moving, Moved: what moves
+	Bytes  int64  // Moving, Moved: how much of it came
+	Of     int64  // and how much there is
 	Err    error  // Failed
 }
 

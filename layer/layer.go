@@ -91,14 +91,20 @@ type Store struct {
 	discards sync.WaitGroup // removals that go on
 	gzips    [10]sync.Pool  // compressors that are done, by level
 	tell     func(what string)
+	pulling  Pulling
 }
 
 // Options of [Open].
 type Options struct {
 	SingleID bool              // ownership can't be put on disk: EPERM from chown and mknod is ignored, the index keeps the truth
 	Storage  Storage           // "" is StorageOverlay
+	Pulling  Pulling           // nil tells nobody
 	Repaired func(what string) // told of what was damaged in the state directory and is done without or made again; nil tells nobody
 }
+
+// Pulling is told that a promised blob begins to come. Of what it returns, moved is told of bytes that came and done, once,
+// of the end. It is called by several goroutines.
+type Pulling func(d ocispec.Descriptor) (moved func(n int), done func(error))
 
 const readme = `This directory belongs to filo, a builder of container images.
 
@@ -128,8 +134,9 @@ func Open(dir string, o Options) (*Store, error) {
 		return nil, fmt.Errorf("open store: %w", err)
 	}
 	s := &Store{
-		dir: dir, single: o.SingleID, tell: o.Repaired,
-		indexes: map[digest.Digest]*index{}, blobs: map[wantedBlob]ocispec.Descriptor{},
+		dir: dir, single: o.SingleID, tell: o.Repaired, pulling: o.Pulling,
+		indexes:  map[digest.Digest]*index{},
+		blobs:    map[wantedBlob]ocispec.Descriptor{},
 		promises: map[digest.Digest][]promise{},
 		promised: map[digest.Digest]Layer{},
 		turns:    map[string]chan struct{}{},

@@ -167,7 +167,7 @@ func (s *Store) openIt(d digest.Digest) func(context.Context) (io.ReadCloser, er
 
 // obtainBlob reads one blob once: on the way it is stored, decompressed,
 // verified, indexed and, if asked for, unpacked. dir does not exist yet.
-func (s *Store) obtainBlob(ctx context.Context, l Layer, n need, o origin, dir string) error {
+func (s *Store) obtainBlob(ctx context.Context, l Layer, n need, o origin, dir string) (err error) {
 	if err := checkDigest(o.desc.Digest); err != nil {
 		return err
 	}
@@ -176,6 +176,12 @@ func (s *Store) obtainBlob(ctx context.Context, l Layer, n need, o origin, dir s
 	}
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
+	moved := func(int) {}
+	if !o.stored && s.pulling != nil {
+		var done func(error)
+		moved, done = s.pulling(o.desc)
+		defer func() { done(err) }()
+	}
 	body, err := o.fetch(ctx)
 	if err != nil {
 		return err
@@ -198,7 +204,7 @@ func (s *Store) obtainBlob(ctx context.Context, l Layer, n need, o origin, dir s
 		}
 		defer u.tree.close()
 	}
-	if err := u.read(body); err != nil {
+	if err := u.read(watched{body, moved}); err != nil {
 		return err
 	}
 	if sum := digest.NewDigest(digest.SHA256, u.diff); sum != l.DiffID {
@@ -278,6 +284,18 @@ func (u *unpacking) readTar(in io.Reader) error {
 	}
 	src.Close()
 	return err
+}
+
+// watched tells of each read.
+type watched struct {
+	io.Reader
+	moved func(n int)
+}
+
+func (w watched) Read(p []byte) (int, error) {
+	n, err := w.Reader.Read(p)
+	w.moved(n)
+	return n, err
 }
 
 // onlyReader hides other methods, so that io.CopyBuffer uses its buffer.

@@ -107,6 +107,7 @@ func (a *app) runBuild(cmd *cobra.Command, f *buildFlags, ref string) error {
 	}
 	defer d.Close()
 	j := &job{app: a, state: s, flags: f, req: req, outputs: outputs, wanted: wanted, display: d, caches: caches, begin: a.now()}
+	a.pulls.show(d.Emit, j.nextTask, a.now)
 	if err := j.read(cmd.Context(), ref); err != nil {
 		return err
 	}
@@ -218,9 +219,12 @@ func (j *job) trim(ctx context.Context) error {
 	return err
 }
 
+// nextTask numbers a vertex that is not the builder's: those are positive.
+func (j *job) nextTask() int { return -int(j.tasks.Add(1)) }
+
 // task draws a piece of work that is not the builder's. What do says appears below its name.
 func (j *job) task(name string, do func(say func(string)) error) error {
-	id := -int(j.tasks.Add(1)) // the builder's are positive
+	id := j.nextTask()
 	emit := func(e builder.Event) {
 		e.Vertex, e.Name = id, name
 		j.display.Emit(e)

@@ -97,7 +97,7 @@ func (j *job) openCaches(ctx context.Context, b *builder.Builder) (*remote.Cache
 
 // beginTask draws a piece of work that ends when the function it returns is called.
 func (j *job) beginTask(name string) func(error) {
-	e := builder.Event{Vertex: -int(j.tasks.Add(1)), Name: name, State: builder.Started}
+	e := builder.Event{Vertex: j.nextTask(), Name: name, State: builder.Started}
 	j.display.Emit(e)
 	return func(err error) {
 		if e.State, e.Err = builder.Done, err; err != nil {

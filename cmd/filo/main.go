@@ -64,7 +64,7 @@ const (
 func run(args []string, w world) int {
 	ctx, stop := untilSignal(context.Background())
 	defer stop()
-	a := &app{world: w, repairs: &repairs{}}
+	a := &app{world: w, repairs: &repairs{}, pulls: &pulls{}}
 	err := cmp.Or(a.command(args).ExecuteContext(ctx), a.misused)
 	fmt.Fprint(w.stderr, a.repairs.line())
 	if err == nil {

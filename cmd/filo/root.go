@@ -46,6 +46,7 @@ type app struct {
 	storage   string            // --storage
 	display   *progress.Display // of a build; its last lines are shown with an error
 	repairs   *repairs
+	pulls     *pulls
 	misused   error // help was asked for about what is no command
 }
 
@@ -202,7 +203,7 @@ func (a *app) open(enter bool) (*state, error) {
 	if s.registry, err = a.client(); err != nil {
 		return nil, err
 	}
-	if s.store, err = layer.Open(dir, layer.Options{SingleID: s.ground.SingleID, Repaired: a.repairs.add}); err != nil {
+	if s.store, err = layer.Open(dir, layer.Options{SingleID: s.ground.SingleID, Pulling: a.pulls.begin, Repaired: a.repairs.add}); err != nil {
 		return nil, err
 	}
 	if enter {

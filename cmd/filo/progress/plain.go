@@ -49,10 +49,25 @@ func (p *plain) event(v *vertex, e builder.Event, lines []line) {
 		fmt.Fprintf(&b.text, "#%d ERROR: %v\n", v.n, e.Err)
 	case builder.Canceled:
 		fmt.Fprintf(&b.text, "#%d CANCELED\n", v.n)
+	case builder.Moving, builder.Moved:
+		p.move(b, v.moving(string(e.Data)))
 	case builder.Started, builder.Log:
 	}
 	p.speak(b)
 	p.flush()
+}
+
+// move writes what moves when it has come, and now and then while that takes long.
+func (p *plain) move(b *block, m *move) {
+	now := p.now()
+	end := ""
+	if !m.end.IsZero() {
+		end = " done"
+	} else if now.Sub(m.drawn) < patience {
+		return
+	}
+	m.drawn = now
+	fmt.Fprintf(&b.text, "#%d %s %s %.1fs%s\n", b.v.n, m.what, m.count(), m.took(now).Seconds(), end)
 }
 
 func (p *plain) tick() {

@@ -17,6 +17,8 @@ import (
 	"sync"
 	"time"
 
+	"github.com/docker/go-units"
+
 	"filo/builder"
 )
 
@@ -90,7 +92,52 @@ type vertex struct {
 	ended   time.Time
 	streams [3]partial // by stream: 0 the builder's own words, 1 standard output, 2 standard error
 	spans   []span     // its phases
+	moves   []*move    // what it waits for
 	tail    []string   // the last lines of its output, as plain mode shows them
+}
+
+// move is something that comes byte by byte.
+type move struct {
+	what      string
+	bytes, of int64
+	begin     time.Time
+	end       time.Time // zero as long as it comes
+	drawn     time.Time // when plain mode last did
+}
+
+// took is how long m took, or takes so far.
+func (m *move) took(now time.Time) time.Duration {
+	if !m.end.IsZero() {
+		now = m.end
+	}
+	return now.Sub(m.begin)
+}
+
+// count is how much of m came, and of how much.
+func (m *move) count() string {
+	return units.HumanSize(float64(m.bytes)) + " / " + units.HumanSize(float64(m.of))
+}
+
+// move brings what e says about something that moves up to date.
+func (v *vertex) move(e builder.Event, now time.Time) {
+	m := v.moving(string(e.Data))
+	if m == nil {
+		m = &move{what: string(e.Data), begin: now, drawn: now}
+		v.moves = append(v.moves, m)
+	}
+	m.bytes, m.of = e.Bytes, e.Of
+	if e.State == builder.Moved {
+		m.end = now
+	}
+}
+
+// moving finds what moves by its name; nil if it does not.
+func (v *vertex) moving(what string) *move {
+	i := slices.IndexFunc(v.moves, func(m *move) bool { return m.what == what })
+	if i < 0 {
+		return nil
+	}
+	return v.moves[i]
 }
 
 func (v *vertex) running() bool { return v.ended.IsZero() }
@@ -150,6 +197,8 @@ func (d *Display) Emit(e builder.Event) {
 	switch e.State {
 	case builder.Log:
 		lines = v.take(e.Stream, e.Data, d.now())
+	case builder.Moving, builder.Moved:
+		v.move(e, d.now())
 	case builder.Cached, builder.Done, builder.Failed, builder.Canceled:
 		lines = v.flush()
 		v.state, v.err, v.ended = e.State, e.Err, d.now()

@@ -43,6 +43,10 @@ func log(n, stream int, text string) builder.Event {
 	return builder.Event{Vertex: n, State: builder.Log, Stream: stream, Data: []byte(text)}
 }
 
+func moving(n int, s builder.State, what string, bytes, of int64) builder.Event {
+	return builder.Event{Vertex: n, State: s, Data: []byte(what), Bytes: bytes, Of: of}
+}
+
 func ended(n int, s builder.State) builder.Event { return builder.Event{Vertex: n, State: s} }
 
 func TestPlain(t *testing.T) {
@@ -90,6 +94,16 @@ func TestPlain(t *testing.T) {
 			{0, builder.Event{Vertex: 1, State: builder.Warned, Data: []byte("Rule: text")}},
 			{0, ended(1, builder.Done)},
 		}, "#1 [internal] load build context\n#1 transferring context: 30B done\n#1 WARN: Rule: text\n#1 DONE 0.0s\n"},
+		{"what moves is told at the end, and now and then if that takes long", []at{
+			{0, started(1, "[internal] pull layers")},
+			{0, moving(1, builder.Moving, "a", 0, 2_500_000)},
+			{0, moving(1, builder.Moving, "b", 0, 7000)},
+			{500 * ms, moving(1, builder.Moving, "a", 1000, 2_500_000)},
+			{0, moving(1, builder.Moved, "b", 7000, 7000)},
+			{patience, moving(1, builder.Moving, "a", 1_250_000, 2_500_000)},
+			{200 * ms, moving(1, builder.Moved, "a", 2_500_000, 2_500_000)},
+			{0, ended(1, builder.Done)},
+		}, "#1 [internal] pull layers\n#1 b 7kB / 7kB 0.5s done\n#1 a 1.25MB / 2.5MB 5.5s\n#1 a 2.5MB / 2.5MB 5.7s done\n#1 DONE 5.7s\n"},
 		{"others wait for the floor", []at{
 			{0, started(1, "a")},
 			{0, started(2, "b")},
@@ -234,6 +248,8 @@ func TestRawJSON(t *testing.T) {
 	d.Emit(log(1, 0, "extracting\n"))
 	d.Emit(builder.Event{Vertex: 1, State: builder.Warned, Data: []byte("careful")})
 	c.add(time.Second)
+	d.Emit(moving(1, builder.Moving, "sha256:a", 5, 9))
+	d.Emit(moving(1, builder.Moved, "sha256:a", 9, 9))
 	d.Emit(builder.Event{Vertex: 1, State: builder.Failed, Err: errors.New("no")})
 	d.Close()
 	if !strings.HasPrefix(out.String(), `{"vertexes"`) {
@@ -251,8 +267,12 @@ func TestRawJSON(t *testing.T) {
 		all.Statuses = append(all.Statuses, s.Statuses...)
 		all.Warnings = append(all.Warnings, s.Warnings...)
 	}
-	if len(all.Vertexes) != 2 || len(all.Logs) != 1 || len(all.Statuses) != 1 || len(all.Warnings) != 1 {
+	if len(all.Vertexes) != 2 || len(all.Logs) != 1 || len(all.Statuses) != 3 || len(all.Warnings) != 1 {
 		t.Fatalf("rawjson gave %+v", all)
+	}
+	if half, whole := all.Statuses[1], all.Statuses[2]; half.ID != "sha256:a" || half.Current != 5 || half.Total != 9 || half.Completed != nil ||
+		whole.Current != 9 || whole.Completed == nil {
+		t.Errorf("what moves: %+v, %+v", half, whole)
 	}
 	last := all.Vertexes[1]
 	if last.Error != "no" || last.Completed.Sub(*last.Started) != time.Second || last.Digest != all.Logs[0].Vertex {

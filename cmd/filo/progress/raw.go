@@ -36,6 +36,7 @@ type rawVertex struct {
 type rawStatus struct {
 	ID        string        `json:"id"`
 	Vertex    digest.Digest `json:"vertex"`
+	Total     int64         `json:"total,omitempty"`
 	Current   int64         `json:"current"`
 	Timestamp time.Time     `json:"timestamp"`
 	Started   *time.Time    `json:"started,omitempty"`
@@ -65,6 +66,13 @@ func (r *raw) event(v *vertex, e builder.Event, lines []line) {
 	switch e.State {
 	case builder.Log:
 		s = r.log(id, e, lines, now)
+	case builder.Moving, builder.Moved:
+		m := v.moving(string(e.Data))
+		st := rawStatus{ID: m.what, Vertex: id, Total: m.of, Current: m.bytes, Timestamp: now, Started: &m.begin}
+		if !m.end.IsZero() {
+			st.Completed = &m.end
+		}
+		s.Statuses = []rawStatus{st}
 	case builder.Warned:
 		s.Warnings = []rawWarning{{Vertex: id, Level: 1, Short: e.Data}}
 	case builder.Started, builder.Cached, builder.Done, builder.Failed, builder.Canceled:

@@ -31,6 +31,7 @@ type tty struct {
 
 const (
 	ttyLogLines = 6
+	ttyName     = 7 + 12                 // of what moves: sha256: and enough of a digest to leave room for the count
 	ttyMargin   = 10                     // columns that the log window leaves free, as BuildKit's
 	ttyRest     = 100 * time.Millisecond // between two drawings
 )
@@ -67,7 +68,7 @@ func (t *tty) event(v *vertex, e builder.Event, lines []line) {
 		t.warnings[v] = append(t.warnings[v], string(e.Data))
 	case builder.Cached, builder.Done, builder.Failed, builder.Canceled:
 		delete(t.terms, v)
-	case builder.Started:
+	case builder.Started, builder.Moving, builder.Moved:
 	}
 	if t.now().Sub(t.drawn) >= ttyRest {
 		t.draw(false)
@@ -149,6 +150,9 @@ func (t *tty) rows() []row {
 		rows = append(rows, r)
 		for _, w := range t.words[v] {
 			rows = append(rows, row{text: " => => " + w, style: r.style, done: r.done})
+		}
+		for _, m := range v.moves {
+			rows = append(rows, row{text: " => => " + clip(m.what, ttyName) + " " + m.count(), timer: timer(m.took(t.now())), style: r.style, done: r.done || !m.end.IsZero()})
 		}
 		for _, w := range t.warnings[v] {
 			rows = append(rows, row{text: " => WARN: " + w, style: yellow, done: r.done})

@@ -67,6 +67,29 @@ func TestTTY(t *testing.T) {
 	}
 }
 
+func TestTTYMoves(t *testing.T) {
+	d, out, c := display(t, Options{Mode: Auto, Size: func() (int, int) { return 50, 20 }})
+	d.Emit(started(1, "[internal] pull layers"))
+	d.Emit(moving(1, builder.Moving, "sha256:a", 0, 9_000_000))
+	c.add(time.Second)
+	d.Emit(moving(1, builder.Moving, "sha256:bcdef0123456789abcdef", 0, 7000))
+	d.Emit(moving(1, builder.Moving, "sha256:a", 1000, 9_000_000))
+	c.add(time.Second)
+	d.Emit(moving(1, builder.Moved, "sha256:a", 9_000_000, 9_000_000))
+	c.add(time.Second)
+	d.Tick()
+	want := []string{
+		"[+] Building 3.0s (0/1)",
+		" => [internal] pull layers                   3.0s",
+		" => => sha256:a 9MB / 9MB                    2.0s",
+		" => => sha256:bcdef0123456 0B / 7kB          2.0s",
+	}
+	if diff := cmp.Diff(want, screen(t, 50, 20, out.String())); diff != "" {
+		t.Errorf("moving (-want +got):\n%s", diff)
+	}
+	d.Close()
+}
+
 func TestTTYSmallTerminal(t *testing.T) {
 	size := func() (int, int) { return 30, 6 }
 	d, out, c := display(t, Options{Mode: TTY, Size: size})
