@@ -116,6 +116,7 @@ any OCI tool. Beside it:
               are mended by, for when one in blobs/ is damaged
   layers/     entry lists and unpacked trees of layers, by diff ID
   steps/      what build steps made, by cache key
+  builds/     what the last builds did, for filo history ls
   files/      digests of build context files, remembered by stat
   mounts/     contents of RUN --mount=type=cache
   sources/    fetched git and http sources

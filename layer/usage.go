@@ -21,7 +21,7 @@ const (
 	KindBlob   Kind = "blob"       // layers as images hold them, manifests, configs, with what they are restored from
 	KindMount  Kind = "cachemount" // contents of RUN --mount=type=cache
 	KindSource Kind = "source"     // downloads, and where images came from
-	KindRecord Kind = "record"     // what build steps made, digests of files
+	KindRecord Kind = "record"     // what build steps made, digests of files, what builds did
 	KindTemp   Kind = "unfinished" // of processes that run, or ended at once
 )
 
@@ -43,7 +43,7 @@ var places = [...]struct {
 	dir  string
 }{
 	{KindLayer, "layers"}, {KindBlob, "blobs/sha256"}, {KindBlob, copies}, {KindMount, "mounts"}, {KindSource, "sources/http"}, {KindSource, "sources/images"},
-	{KindSource, "sources/blobs"}, {KindRecord, "steps"}, {KindRecord, "files"}, {KindTemp, "tmp"},
+	{KindSource, "sources/blobs"}, {KindRecord, "steps"}, {KindRecord, "files"}, {KindRecord, "builds"}, {KindTemp, "tmp"},
 }
 
 // Items lists what is in the state directory. used tells when layers were used where the store does not see it, as by

@@ -36,13 +36,14 @@ func FindCheckout(ctx context.Context, dir string, dirty bool) Checkout {
 	if dirty && ask("--no-optional-locks", "status", "--porcelain", "--ignored=no") != "" {
 		c.Commit += "-dirty"
 	}
-	c.Remote = anonymous(ask("config", "--get", "remote.origin.url"))
+	c.Remote = Anonymous(ask("config", "--get", "remote.origin.url"))
 	c.Top = ask("rev-parse", "--show-toplevel")
 	return c
 }
 
-// anonymous is a remote without name and password, "" if they cannot be told from the rest.
-func anonymous(remote string) string {
+// Anonymous is a URL, or what else names a source, without the name and password that may stand in it; "" if they cannot be
+// told from the rest.
+func Anonymous(remote string) string {
 	if !strings.Contains(remote, "://") { // a path, or host:path
 		return remote
 	}

@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"crypto/rand"
 	"fmt"
 	"maps"
 	"path"
@@ -28,9 +27,8 @@ type origin struct {
 	here     bool   // and it is no file of a remote context
 	contexts map[string]attest.Context
 
-	vcs        map[string]string // of a local context
-	invocation string            // names the build and no other
-	finished   time.Time
+	vcs      map[string]string // of a local context
+	finished time.Time
 
 	mu     sync.Mutex
 	nested []attest.Record // of stages that are contexts of this build
@@ -160,11 +158,11 @@ func (j *job) provenance(o attest.Options, r builder.Result) attest.Build {
 	if r.Epoch != nil {
 		return b
 	}
-	if j.origin.invocation == "" {
-		j.origin.invocation, j.origin.finished = strings.ToLower(rand.Text()), j.now().UTC()
+	if j.origin.finished.IsZero() {
+		j.origin.finished = j.now().UTC()
 	}
 	begin := j.begin.UTC()
-	b.Invocation, b.Started, b.Finished = j.origin.invocation, &begin, &j.origin.finished
+	b.Invocation, b.Started, b.Finished = j.id, &begin, &j.origin.finished
 	return b
 }
 

@@ -3,6 +3,7 @@ package main
 import (
 	"bytes"
 	"context"
+	"crypto/rand"
 	"errors"
 	"fmt"
 	"strings"
@@ -106,7 +107,7 @@ func (a *app) runBuild(cmd *cobra.Command, f *buildFlags, ref string) error {
 		return wrong(err)
 	}
 	defer d.Close()
-	j := &job{app: a, state: s, flags: f, req: req, outputs: outputs, wanted: wanted, display: d, caches: caches, begin: a.now()}
+	j := &job{app: a, state: s, flags: f, req: req, outputs: outputs, wanted: wanted, display: d, caches: caches, begin: a.now(), id: strings.ToLower(rand.Text())}
 	a.pulls.show(d.Emit, j.nextTask, a.now)
 	if err := j.read(cmd.Context(), ref); err != nil {
 		return err
@@ -115,7 +116,9 @@ func (a *app) runBuild(cmd *cobra.Command, f *buildFlags, ref string) error {
 	if call.method != "build" {
 		return j.call(cmd.Context(), call)
 	}
-	return errors.Join(j.build(cmd.Context()), j.timings())
+	err = j.build(cmd.Context())
+	j.journal(cmd.Context(), ref, err)
+	return errors.Join(err, j.timings())
 }
 
 // timings shows and writes where the time went, if that is asked for, also of a build that failed.
@@ -165,6 +168,8 @@ type job struct {
 	mounts   []remote.Mount // cache mounts that steps were given, if they are to be exported
 	display  *progress.Display
 	begin    time.Time
+	id       string       // names the build and no other
+	made     []madeImage  // for its record
 	tasks    atomic.Int32 // of ours in the display
 	nested   int          // builds of stages that are contexts of this one
 	closers  []func() error
@@ -196,6 +201,7 @@ func (j *job) build(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	j.made = madeImages(exported)
 	if err := j.writeFiles(exported, result); err != nil {
 		return err
 	}

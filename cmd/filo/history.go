@@ -20,8 +20,9 @@ func (a *app) history() *cobra.Command {
 	var whole bool
 	cmd := &cobra.Command{
 		Use:     "history [flags] IMAGE",
-		Short:   "Show what each instruction added to an image",
-		Example: "  filo history hello\n  filo history --no-trunc hello\n  filo history --format json hello",
+		Short:   "Show what each instruction added to an image, or what the last builds did",
+		Long:    "Show what each instruction added to an image. With a command, show what the last builds did: of an image called ls,\nsay ls:latest.",
+		Example: "  filo history hello\n  filo history --no-trunc hello\n  filo history --format json hello\n  filo history ls\n  filo history inspect",
 		Args:    exactly(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			asJSON, err := format(as)
@@ -40,6 +41,7 @@ func (a *app) history() *cobra.Command {
 			})
 		},
 	}
+	cmd.AddCommand(a.historyCommands()...)
 	cmd.Flags().StringVar(&as, "format", "table", "table or json")
 	cmd.Flags().BoolVar(&whole, "no-trunc", false, "do not shorten")
 	cmd.Flags().StringVar(&platform, "platform", "", "of an image for several platforms, show this one")

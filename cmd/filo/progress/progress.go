@@ -264,6 +264,29 @@ func (d *Display) Counts(counts func(name string) bool) (ended, cached int) {
 	return ended, cached
 }
 
+// Step is what became of a vertex.
+type Step struct {
+	Name  string
+	State builder.State // of its end; Started as long as it runs
+	Took  time.Duration
+	Err   error
+}
+
+// Steps returns all vertices in the order in which they were first heard of.
+func (d *Display) Steps() []Step {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	var out []Step
+	for _, v := range d.order {
+		end := v.ended
+		if v.running() {
+			end = d.now()
+		}
+		out = append(out, Step{v.name, v.state, end.Sub(v.started), v.err})
+	}
+	return out
+}
+
 // Mode returns how the display draws; it is never [Auto].
 func (d *Display) Mode() Mode { return d.mode }
 
