@@ -196,10 +196,6 @@ func (x *extraction) hardlink(l node) error {
 	}
 	other := *n
 	other.Path = l.Path
-	if n.Type == layer.Symlink { // no layer of ours holds links to links
-		x.put(other)
-		return nil
-	}
 	if n.inode == "" {
 		n.inode = fmt.Sprintf("%p %d", x, len(x.links))
 	}
@@ -216,7 +212,10 @@ func (x *extraction) settle() {
 	}
 	for _, n := range x.nodes {
 		if e, ok := x.links[n.inode]; ok {
-			n.Mode, n.UID, n.GID, n.ModTime = e.Mode, e.UID, e.GID, e.ModTime
+			n.UID, n.GID, n.ModTime = e.UID, e.GID, e.ModTime
+			if n.Type != layer.Symlink {
+				n.Mode = e.Mode
+			}
 		}
 	}
 }

@@ -228,10 +228,14 @@ func TestAddArchiveLinks(t *testing.T) {
 		tar.Header{Name: "a", Typeflag: tar.TypeReg, Mode: 0o711},
 		tar.Header{Name: "c", Typeflag: tar.TypeLink, Linkname: "b", Mode: 0o640, Uid: 6},
 		tar.Header{Name: "d", Typeflag: tar.TypeLink, Linkname: "old", Mode: 0o604},
+		tar.Header{Name: "e", Typeflag: tar.TypeLink, Linkname: "gone", Mode: 0o604, Uid: 7},
+		tar.Header{Name: "f", Typeflag: tar.TypeFifo, Mode: 0o600},
+		tar.Header{Name: "g", Typeflag: tar.TypeLink, Linkname: "f", Mode: 0o620},
 	)))
 	sameListing(t, b.build("FROM scratch\nADD first links /q/\n", nil), map[string]string{
 		"q": "d 0700 4:0 ", "q/a": "- 0711 0:0 a", "q/b": "- 0640 6:0 a", "q/c": "- 0640 6:0 a", "q/d": "- 0604 0:0 old",
-		"q/old": "- 0604 0:0 old", "q/gone": "l 0777 0:0 nowhere", "q/file": "- 0644 0:0 file",
+		"q/old": "- 0604 0:0 old", "q/gone": "l 0777 7:0 nowhere", "q/e": "l 0777 7:0 nowhere",
+		"q/f": "p 0620 0:0 ", "q/g": "p 0620 0:0 ", "q/file": "- 0644 0:0 file",
 	})
 	for name, h := range map[string]tar.Header{
 		"missing":  {Name: "x", Typeflag: tar.TypeLink, Linkname: "no"},

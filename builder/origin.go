@@ -48,9 +48,6 @@ func (o *origin) statEntry(name string, fi fs.FileInfo, st *rootfs.Stat) (e laye
 	switch fi.Mode().Type() {
 	case 0:
 		e.Type, e.Size = layer.Regular, st.Size
-		if st.Nlink > 1 {
-			inode = fmt.Sprintf("%d:%d", st.Dev, st.Ino)
-		}
 	case fs.ModeSocket: // BuildKit sends a socket as an empty file (features 3.1.23)
 		e.Type, e.Digest = layer.Regular, digest.FromString("")
 	case fs.ModeDir:
@@ -64,6 +61,9 @@ func (o *origin) statEntry(name string, fi fs.FileInfo, st *rootfs.Stat) (e laye
 		e.Type, e.Major, e.Minor = layer.Char, st.Major, st.Minor
 	case fs.ModeDevice:
 		e.Type, e.Major, e.Minor = layer.Block, st.Major, st.Minor
+	}
+	if st.Nlink > 1 && e.Type != layer.Dir {
+		inode = fmt.Sprintf("%d:%d", st.Dev, st.Ino)
 	}
 	return e, inode, err
 }

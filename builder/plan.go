@@ -291,7 +291,7 @@ func link(nodes []*node) []*node {
 			continue
 		}
 		l := &node{Entry: n.Entry}
-		l.Type, l.Link, l.Digest, l.Size = layer.Hardlink, to, "", 0
+		l.Type, l.Link, l.Digest, l.Size = layer.Hardlink, to, "", 0 // of what other types have the writer makes nothing
 		nodes[i] = l
 	}
 	return nodes

@@ -26,11 +26,21 @@ type Entry struct {
 	UID, GID     int
 	Size         int64             // of a Regular file
 	Digest       digest.Digest     // content of a Regular file; set by the [Writer]
-	Link         string            // Symlink: the target text. Hardlink: Path of the Regular entry of the same layer
+	Link         string            // Symlink: the target text. Hardlink: Path of an entry of the same layer, before this one, that is a file of any type
 	Major, Minor uint32            // of Char and Block
 	Xattrs       map[string]string // only "user.*" and "security.capability"; nil for none
 	ModTime      int64             // seconds since the epoch: layers carry whole seconds
 	Implied      bool              // a directory that the layer only names as the parent of its entries; in listings, never stored
+}
+
+// linkable says whether a Hardlink can be another name of e.
+func (e *Entry) linkable() bool {
+	switch e.Type {
+	case Regular, Symlink, Char, Block, Fifo:
+		return true
+	case Dir, Hardlink, Whiteout, Opaque:
+	}
+	return false
 }
 
 // Same reports whether e and o describe the same file at the same path with the same content. Of directories the

@@ -81,16 +81,24 @@ func (o *Overlay) nsec(p string) (int64, bool) {
 func linkUp(top *node) {
 	first := map[[2]uint64]*node{}
 	top.each(func(n *node) {
-		if n.Type != Regular || n.links < 2 || n.verdict != changed {
-			return
+		if n.hasNames() {
+			n.linkTo(first)
 		}
-		f, ok := first[n.inode]
-		if !ok {
-			first[n.inode] = n
-			return
-		}
-		n.Type, n.Link, n.Size = Hardlink, f.Path, 0
 	})
+}
+
+// hasNames says whether n changed and is a file with several names. Whiteouts are not: an overlay makes one file do for many.
+func (n *node) hasNames() bool { return n.links > 1 && n.verdict == changed && n.linkable() }
+
+// linkTo makes n a hard link of the first node of the same file, or notes that n is the first.
+func (n *node) linkTo(first map[[2]uint64]*node) {
+	f, ok := first[n.inode]
+	if !ok {
+		first[n.inode] = n
+		return
+	}
+	n.Type, n.Link = Hardlink, f.Path
+	n.Entry = ownFields(n.Entry)
 }
 
 // expand says in single deletions what opaque directories hide.

@@ -181,6 +181,17 @@ func TestSnapshot(t *testing.T) {
 		}, []string{"d m", "- m/f"}},
 		{"hard links", func(b box) { b.write("z", "z"); b.ln("z", "a/z"); b.mkdir("zz"); b.ln("z", "zz/z") },
 			[]string{"d a", "- a/z", "h z -> a/z", "d zz", "h zz/z -> a/z"}},
+		{"hard links of what is no file", func(b box) {
+			b.symlink("x", "s1")
+			b.ln("s1", "s2")
+			b.mknod("fifo", unix.S_IFIFO|0o600, 0)
+			b.ln("fifo", "a/fifo")
+		}, []string{"d a", "p a/fifo", "h fifo -> a/fifo", "l s1 -> x", "h s2 -> s1"}},
+		{"deletions, which share an inode in an overlay", func(b box) {
+			b.do(os.Remove(b.at("h1")))
+			b.do(os.Remove(b.at("h2")))
+			b.do(os.Remove(b.at("top")))
+		}, []string{"w h1", "w h2", "w top"}},
 		{"new name of an old file", func(b box) { b.ln("top", "pot") }, []string{"- pot"}},
 		{"chmod of one name", func(b box) { b.chmod("h1", 0o600) }, []string{"- h1 600"}},
 		{"special files", func(b box) {

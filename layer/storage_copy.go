@@ -133,6 +133,7 @@ func (c *copier) file(from, to *rootfs.Dir, name, p string, st rootfs.Stat) (err
 	default:
 		err = to.Mknod(name, st.Mode&unix.S_IFMT|0o600, st.Major, st.Minor)
 		if errors.Is(err, unix.EPERM) && st.Major == 0 && st.Minor == 0 {
+			delete(c.links, [2]uint64{st.Dev, st.Ino})
 			return nil // a whiteout, which only an overlay could read
 		}
 	}

@@ -143,7 +143,11 @@ func (c *treeCheck) entries(ctx context.Context, root *rootfs.Root, from, to int
 		if err != nil {
 			return err
 		}
-		if err := c.entry(parent, e, buf); err != nil {
+		err = c.entry(parent, e, buf)
+		if err == nil && e.Type == Hardlink {
+			err = sameInode(root, parent, e)
+		}
+		if err != nil {
 			return fmt.Errorf("%w: %s: %w", errDamagedTree, e.Path, err)
 		}
 	}
@@ -177,6 +181,19 @@ func (c *treeCheck) entry(parent *rootfs.Dir, e Entry, buf []byte) error {
 		}
 	}
 	return nil
+}
+
+// sameInode says whether the hard link e, in the directory parent, is a name of the file it should be.
+func sameInode(root *rootfs.Root, parent *rootfs.Dir, e Entry) error {
+	a, err := parent.Lstat(path.Base(e.Path))
+	if err != nil {
+		return err
+	}
+	b, err := root.Lstat(e.Link)
+	if err == nil && (a.Dev != b.Dev || a.Ino != b.Ino) {
+		err = errDiffers
+	}
+	return err
 }
 
 func (c *treeCheck) content(parent *rootfs.Dir, name string, e Entry, buf []byte) error {

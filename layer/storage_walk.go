@@ -512,25 +512,18 @@ func (w *walker) readEmitted(top *node) error {
 // still, when an overlay has made a copy for each that was touched; so it is here. A file that
 // had one name is one copy in both, whatever names it got.
 func linkNew(top *node, before map[string]known) {
-	linked := func(n *node) bool { return n.Type == Regular && n.links > 1 && n.verdict == changed }
 	old := func(n *node) bool { k, ok := before[n.Path]; return ok && k.ino == n.inode[1] }
 	names := map[[2]uint64]int{} // that a file had before
 	top.each(func(n *node) {
-		if linked(n) && old(n) {
+		if n.hasNames() && old(n) {
 			names[n.inode]++
 		}
 	})
 	first := map[[2]uint64]*node{}
 	top.each(func(n *node) {
-		if !linked(n) || names[n.inode] > 1 && old(n) {
-			return
+		if n.hasNames() && !(names[n.inode] > 1 && old(n)) {
+			n.linkTo(first)
 		}
-		f, ok := first[n.inode]
-		if !ok {
-			first[n.inode] = n
-			return
-		}
-		n.Type, n.Link, n.Size = Hardlink, f.Path, 0
 	})
 }
 

@@ -154,8 +154,8 @@ func matches(e Entry, st rootfs.Stat) bool {
 	switch e.Type {
 	case Regular:
 		return kind == unix.S_IFREG && st.Size == e.Size
-	case Hardlink:
-		return kind == unix.S_IFREG
+	case Hardlink: // whether it is one, who looks at the other name knows
+		return kind != unix.S_IFDIR
 	case Dir:
 		return kind == unix.S_IFDIR
 	case Symlink:

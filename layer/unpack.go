@@ -609,7 +609,7 @@ func (f *foreign) drop(n *tarNode, p string) error {
 
 // addLink makes e another name of what it links to, which must be in the
 // layer already. Of all names of a file the index later makes the first in
-// canonical order the Regular one.
+// canonical order the one that is no link.
 func (f *foreign) addLink(parent *tarNode, base string, e Entry) error {
 	target, err := cleanName(e.Link)
 	if err != nil {
@@ -640,12 +640,7 @@ func (f *foreign) addLink(parent *tarNode, base string, e Entry) error {
 	if f.tree == nil {
 		return nil
 	}
-	if shared.Type == Regular {
-		return f.tree.add(e)
-	}
-	again := *shared
-	again.Path = e.Path
-	return f.tree.add(again)
+	return f.tree.add(e)
 }
 
 // addFile reads the content of e, for its digest and into the tree.
@@ -716,11 +711,12 @@ func (f *foreign) listOne(b *indexBuilder, n *tarNode, p string) error {
 	if n.entry != nil {
 		e := *n.entry
 		e.Path = p
-		if first, ok := f.linked[n.entry]; ok && e.Type == Regular {
+		if first, ok := f.linked[n.entry]; ok {
 			if first == "" {
 				f.linked[n.entry] = p
 			} else {
-				e.Type, e.Link, e.Size, e.Digest = Hardlink, first, 0, ""
+				e.Type, e.Link = Hardlink, first
+				e = ownFields(e)
 			}
 		}
 		if err := b.add(e); err != nil {

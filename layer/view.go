@@ -25,7 +25,7 @@ import (
 // Names are those of io/fs, but any bytes are allowed in them. No symbolic link is followed,
 // in no component: what a caller wants followed goes through [View.Resolve]. Open of a link
 // gives a file that can be asked for its Stat. FileInfo.Sys is a *[Entry] with the asked
-// Path; a hard link shows as the Regular entry it is a name of, see [View.Inode]. The first
+// Path; a hard link shows as the entry it is a name of, see [View.Inode]. The first
 // read of a regular file unpacks its layer. A View is safe for concurrent use.
 type View struct {
 	store *Store
@@ -143,7 +143,10 @@ func (v *View) Inode(name string) string {
 // Resolve follows the symbolic links in name inside the view, see [rootfs.Resolve].
 func (v *View) Resolve(name string, follow bool) (string, error) {
 	return rootfs.Resolve(name, follow, func(name string) (string, bool, error) {
-		e, _, ok := v.lookup(name)
+		e, i, ok := v.lookup(name)
+		if ok {
+			e, ok = v.inode(e, i)
+		}
 		return e.Link, ok && e.Type == Symlink, nil
 	})
 }
@@ -170,7 +173,7 @@ func (v *View) inode(e Entry, i int) (Entry, bool) {
 		return e, true
 	}
 	file, ok := v.indexes[i].find(e.Link)
-	if !ok || file.Type == Hardlink || file.Type == Dir || file.Type == Whiteout {
+	if !ok || !file.linkable() {
 		return Entry{}, false
 	}
 	file.Path = e.Path

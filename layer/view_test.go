@@ -236,7 +236,7 @@ func TestViewResolve(t *testing.T) {
 	v := viewOf(t, s, indexOf(t, s,
 		dir("a", 0o755), link("a/up", "../b"), link("abs", "/a/up/"), dir("b", 0o755), link("b/end", "file"),
 		link("dangling", "b/none"), link("loop", "loop2"), link("loop2", "loop"),
-		link("out", "../../../b"), reg("reg", "")))
+		link("out", "../../../b"), reg("reg", ""), file{Entry: Entry{Path: "second", Type: Hardlink, Mode: 0o777, Link: "out"}}))
 	for _, c := range []struct {
 		path   string
 		follow bool
@@ -244,7 +244,7 @@ func TestViewResolve(t *testing.T) {
 	}{
 		{"", true, "."}, {"/", true, "."}, {".", false, "."}, {"../..", true, "."},
 		{"/abs/end", false, "b/end"}, {"abs/end", true, "b/file"}, {"abs", false, "abs"}, {"abs/", false, "abs"},
-		{"abs/.", true, "b"}, {"abs/..", true, "."}, {"out/x", true, "b/x"},
+		{"abs/.", true, "b"}, {"abs/..", true, "."}, {"out/x", true, "b/x"}, {"second/x", true, "b/x"},
 		{"dangling", true, "b/none"}, {"dangling/x/../y", true, "b/none/y"}, {"none/../abs", true, "b"},
 		{"reg/x", true, "reg/x"}, {"loop", false, "loop"},
 	} {

@@ -169,7 +169,7 @@ func (w *Writer) place(e Entry) error {
 		w.open = append(w.open, e.Path)
 	}
 	if e.Type == Hardlink {
-		if target, ok := w.index.find(e.Link); !ok || target.Type != Regular {
+		if target, ok := w.index.find(e.Link); !ok || !target.linkable() {
 			return fmt.Errorf("link to %s: no such file before it in the layer", e.Link)
 		}
 	}

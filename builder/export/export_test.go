@@ -518,13 +518,15 @@ func (e Exporter) sample(t *testing.T) layer.Layer {
 	suid := reg("shut/suid", "s")
 	suid.Mode = 0o4755
 	hard := file{layer.Entry{Path: "z", Type: layer.Hardlink, Link: "a", Mode: 0o644, ModTime: 1_000}, ""}
-	return e.layer(t, reg("a", "one"), dir("d"), reg("d/f", "two"), link("out", "/etc"), shut, suid, hard)
+	second := file{layer.Entry{Path: "out2", Type: layer.Hardlink, Link: "out", Mode: 0o777, ModTime: 1_000}, ""}
+	return e.layer(t, reg("a", "one"), dir("d"), reg("d/f", "two"), link("out", "/etc"), second, shut, suid, hard)
 }
 
 const sampleTree = `a -rw-r--r-- 1000 "one"
 d drwxr-xr-x 2000
 d/f -rw-r--r-- 1000 "two"
 out Lrwxrwxrwx -> /etc
+out2 Lrwxrwxrwx -> /etc
 shut dr-xr-xr-x 2000
 shut/suid urwxr-xr-x 1000 "s"
 z -rw-r--r-- 1000 "one"
@@ -539,10 +541,12 @@ func TestLocal(t *testing.T) {
 		if got := tree(t, out); got != sampleTree {
 			t.Fatalf("local:\n%s\nwant:\n%s", got, sampleTree)
 		}
-		a, _ := os.Stat(filepath.Join(out, "a"))
-		z, _ := os.Stat(filepath.Join(out, "z"))
-		if !os.SameFile(a, z) {
-			t.Error("hard link became a copy")
+		for _, names := range [][2]string{{"a", "z"}, {"out", "out2"}} {
+			a, _ := os.Lstat(filepath.Join(out, names[0]))
+			b, _ := os.Lstat(filepath.Join(out, names[1]))
+			if !os.SameFile(a, b) {
+				t.Errorf("%s: hard link became a copy", names[1])
+			}
 		}
 	}
 	epoch := int64(1_500)
@@ -705,7 +709,7 @@ func TestTar(t *testing.T) {
 		}
 	}
 	want := []string{
-		"a 0 644 0:0  0,0 ", "d/ 5 755 0:0  0,0 ", "d/f 0 644 0:0  0,0 ", "null 3 666 0:0  1,3 ", "out 2 777 0:0 /etc 0,0 ",
+		"a 0 644 0:0  0,0 ", "d/ 5 755 0:0  0,0 ", "d/f 0 644 0:0  0,0 ", "null 3 666 0:0  1,3 ", "out 2 777 0:0 /etc 0,0 ", "out2 1 777 0:0 out 0,0 ",
 		"own 0 644 7:3000000  0,0 v", "shut/ 5 555 0:0  0,0 ", "shut/suid 0 4755 0:0  0,0 ", "z 1 644 0:0 a 0,0 ",
 	}
 	if !slices.Equal(got, want) {

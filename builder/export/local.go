@@ -222,31 +222,48 @@ func (w *localWriter) fill(ctx context.Context, d *rootfs.Dir, from, to string) 
 }
 
 func (w *localWriter) entry(ctx context.Context, d *rootfs.Dir, name, at, out string, entry *layer.Entry) error {
-	switch entry.Type {
-	case layer.Dir:
+	if entry.Type == layer.Dir {
 		return w.dir(ctx, d, name, at, out, entry)
+	}
+	inode := w.view.Inode(at)
+	if first, ok := w.links[inode]; ok {
+		if err := w.clear(d, name); err != nil {
+			return err
+		}
+		return w.root.Link(first, out)
+	}
+	made, err := w.file(d, name, at, out, entry)
+	if made {
+		w.links[inode] = out
+	}
+	return err
+}
+
+// file writes what is no directory, and reports whether it did. Devices are left out where it takes root to make them.
+func (w *localWriter) file(d *rootfs.Dir, name, at, out string, entry *layer.Entry) (made bool, err error) {
+	switch entry.Type {
 	case layer.Regular:
-		return w.file(d, name, at, out, entry)
+		return true, w.regular(d, name, at, entry)
 	case layer.Symlink:
-		return w.place(d, name, entry, func(tmp string) error { return d.Symlink(entry.Link, tmp) })
+		return true, w.place(d, name, entry, func(tmp string) error { return d.Symlink(entry.Link, tmp) })
 	case layer.Fifo:
-		return w.place(d, name, entry, func(tmp string) error { return d.Mknod(tmp, fifo|0o600, 0, 0) })
+		return true, w.place(d, name, entry, func(tmp string) error { return d.Mknod(tmp, fifo|0o600, 0, 0) })
 	case layer.Char, layer.Block:
 		if !w.e.Devices {
 			if !w.devices {
 				w.e.warn("device files such as %s are left out: making them takes root", out)
 			}
 			w.devices = true
-			return nil
+			return false, nil
 		}
 		kind := uint32(char)
 		if entry.Type == layer.Block {
 			kind = block
 		}
-		return w.place(d, name, entry, func(tmp string) error { return d.Mknod(tmp, kind|0o600, entry.Major, entry.Minor) })
-	case layer.Hardlink, layer.Whiteout, layer.Opaque: // a view shows none of them
+		return true, w.place(d, name, entry, func(tmp string) error { return d.Mknod(tmp, kind|0o600, entry.Major, entry.Minor) })
+	case layer.Dir, layer.Hardlink, layer.Whiteout, layer.Opaque: // a view shows none of the last
 	}
-	return fmt.Errorf("export %s: unexpected entry type %q", out, entry.Type)
+	return false, fmt.Errorf("export %s: unexpected entry type %q", out, entry.Type)
 }
 
 // File types as mknod(2) takes them.
@@ -290,16 +307,8 @@ func (w *localWriter) mkdir(d *rootfs.Dir, name string) error {
 	return d.Mkdir(name, 0o700)
 }
 
-// file writes a regular file, or a link to it if another of its names was written.
-func (w *localWriter) file(d *rootfs.Dir, name, at, out string, entry *layer.Entry) error {
-	inode := w.view.Inode(at)
-	if first, ok := w.links[inode]; ok {
-		if err := w.clear(d, name); err != nil {
-			return err
-		}
-		return w.root.Link(first, out)
-	}
-	w.links[inode] = out
+// regular writes a regular file.
+func (w *localWriter) regular(d *rootfs.Dir, name, at string, entry *layer.Entry) error {
 	return w.place(d, name, entry, func(tmp string) error {
 		f, err := d.Create(tmp, 0o600)
 		if err != nil {

@@ -151,7 +151,7 @@ func writeTar(ctx context.Context, w io.Writer, members []member, epoch *int64) 
 
 func (m member) write(t *tar.Writer, links map[string]string, epoch *int64) error {
 	h := m.header(epoch)
-	if m.entry.Type != layer.Regular {
+	if m.entry.Type == layer.Dir {
 		return t.WriteHeader(h)
 	}
 	if m.view == nil {
@@ -165,12 +165,12 @@ func (m member) write(t *tar.Writer, links map[string]string, epoch *int64) erro
 	// Platforms are separate file systems even where they share a layer.
 	inode := fmt.Sprintf("%p %s", m.view, m.view.Inode(m.at))
 	if first, ok := links[inode]; ok {
-		h.Typeflag, h.Linkname, h.Size = tar.TypeLink, first, 0
+		h.Typeflag, h.Linkname, h.Size, h.Devmajor, h.Devminor = tar.TypeLink, first, 0, 0, 0
 		return t.WriteHeader(h)
 	}
 	links[inode] = m.out
 	h.Size = m.entry.Size
-	if err := t.WriteHeader(h); err != nil {
+	if err := t.WriteHeader(h); err != nil || m.entry.Type != layer.Regular {
 		return err
 	}
 	f, err := m.view.Open(m.at)

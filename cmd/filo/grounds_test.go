@@ -21,11 +21,14 @@ RUN ["/bin/busybox", "--install", "-s", "/bin"]
 RUN mkdir -p /etc /tmp /data && chmod 1777 /tmp && echo root:x:0:0:root:/root:/bin/sh > /etc/passwd
 RUN --mount=type=secret,id=k --mount=type=cache,target=/cache --mount=type=tmpfs,target=/scratch --mount=type=bind,target=/ctx \
     test "$(cat /run/secrets/k)" = s3cret && test -f /ctx/Dockerfile && echo x > /cache/f && echo y > /scratch/f && \
-    echo z > /dev/null && echo done > /data/out && ln /data/out /data/link && mkfifo /data/fifo && grep -q localhost /etc/hosts
+    echo z > /dev/null && echo done > /data/out && ln /data/out /data/link && mkfifo /data/fifo && \
+    ln /data/fifo /data/fifo2 && ln -s out /data/sym && ln /data/sym /data/sym2 && ln /data/sym /data/sym3 && grep -q localhost /etc/hosts
+RUN touch -h -d @5 /data/sym /data/sym2 /data/sym3 && ln /data/fifo2 /data/fifo3 && rm /data/fifo && test "$(readlink /data/sym2)" = out
 RUN rm -r /tmp && mkdir /tmp && mv /data/out /data/moved && chmod 4755 /bin/busybox && test ! -e /scratch && test ! -e /run/secrets/k
 FROM base AS last
 WORKDIR /work
 COPY --from=base /data/moved copied
+COPY --from=base /data/ all/
 RUN cat copied > again && rm copied
 `
 
