@@ -91,8 +91,7 @@ func (s *scene) standard(h *handover) error {
 	if err := s.put("/proc", picture, nil); err != nil {
 		return fmt.Errorf("make /proc: %w", err)
 	}
-	sys := func(dir int, name string) error { return mkdir(dir, name, 0o555) }
-	if err := s.put("/sys", sys, nil); err != nil {
+	if err := s.put("/sys", pictureSys, nil); err != nil {
 		return fmt.Errorf("make /sys: %w", err)
 	}
 	if err := s.put("/dev", makeDev, nil); err != nil {
