@@ -82,11 +82,13 @@ type Request struct {
 
 	Network   string            // for RUN without --network: "default", "host", "none"; "" is default
 	Hosts     []string          // --add-host "name:ip"
+	DNS       sandbox.DNS       // like the addresses of Hosts in no key
 	Secrets   map[string]Secret // --secret by id
 	SSH       map[string]Agent  // --ssh by id
 	ShmSize   int64             // bytes; 0 is the default
 	Ulimits   []sandbox.Ulimit
 	Limits    sandbox.Limits
+	Longest   time.Duration      // that the process of a RUN may take; 0 is any time
 	Scan      *attest.Scanner    // scans the result; nil for none
 	Title     sbom.Subject       // what an SBOM calls the result and who makes it
 	Allow     []string           // entitlements: "network.host", "security.insecure"

@@ -117,13 +117,23 @@ func (w *walk) execute(ctx context.Context, v *vertex, p sandbox.Process, r runS
 	defer w.jobs.Release(1)
 	p.Root = rootOf(o)
 	ran := v.phase(Running)
-	err = w.runner.Run(ctx, p, r.more)
+	err = w.runIn(ctx, p, r.more)
 	ran()
 	if err != nil {
 		return layer.Layer{}, err
 	}
 	defer v.phase(Snapshoting)()
 	return w.Store.Snapshot(ctx, o, r.sinks)
+}
+
+// runIn runs p for no longer than the request allows.
+func (w *walk) runIn(ctx context.Context, p sandbox.Process, more bool) error {
+	if d := w.req.Longest; d > 0 {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeoutCause(ctx, d, fmt.Errorf("process %q was stopped: it took longer than %s (--step-timeout)", strings.Join(p.Args, " "), d))
+		defer cancel()
+	}
+	return w.runner.Run(ctx, p, more)
 }
 
 func rootOf(o *layer.Overlay) sandbox.Root {
@@ -137,7 +147,7 @@ func (w *walk) process(v *vertex, op *dockerfile.Run, who account) sandbox.Proce
 		Args:   op.Args, Env: slices.Concat(op.Env, op.Proxy), Dir: op.Dir,
 		UID: who.uid, GID: who.gid, Groups: who.groups,
 		Hostname: op.Hostname, Network: sandbox.Network(w.network(op)),
-		ExtraHosts: w.req.Hosts, ShmSize: w.req.ShmSize, Ulimits: w.req.Ulimits, Limits: w.req.Limits, Insecure: op.Insecure,
+		ExtraHosts: w.req.Hosts, DNS: w.req.DNS, ShmSize: w.req.ShmSize, Ulimits: w.req.Ulimits, Limits: w.req.Limits, Insecure: op.Insecure,
 		Stdout: output{v, 1}, Stderr: output{v, 2},
 	}
 	p.Env = withHome(p.Env, who.home)

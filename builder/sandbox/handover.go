@@ -7,6 +7,7 @@ import (
 	"os"
 	"path"
 	"reflect"
+	"slices"
 	"strings"
 	"syscall"
 
@@ -60,7 +61,43 @@ func (r *Runner) prepare(p Process) (*handover, error) {
 		}
 	}
 	p.Stdout, p.Stderr = nil, nil
-	return &handover{Process: p, Hosts: hosts, Resolv: resolv, Filter: filter}, nil
+	return &handover{Process: p, Hosts: hosts, Resolv: p.DNS.edit(resolv), Filter: filter}, nil
+}
+
+// edit returns a resolv.conf in which d's lines stand for those of their kind.
+func (d DNS) edit(conf []byte) []byte {
+	for _, kind := range []struct {
+		words []string // that begin a line of the kind, the one to write first
+		lines []string
+	}{
+		{[]string{"nameserver"}, d.Servers},
+		{[]string{"search", "domain"}, line(d.Search)},
+		{[]string{"options"}, line(d.Options)},
+	} {
+		if len(kind.lines) == 0 {
+			continue
+		}
+		var kept strings.Builder
+		for line := range strings.Lines(string(conf)) {
+			if f := strings.Fields(line); len(f) > 0 && slices.Contains(kind.words, f[0]) {
+				continue
+			}
+			kept.WriteString(strings.TrimSuffix(line, "\n") + "\n")
+		}
+		for _, l := range kind.lines {
+			kept.WriteString(kind.words[0] + " " + l + "\n")
+		}
+		conf = []byte(kept.String())
+	}
+	return conf
+}
+
+// line makes one line of words, and none of none.
+func line(words []string) []string {
+	if len(words) == 0 {
+		return nil
+	}
+	return []string{strings.Join(words, " ")}
 }
 
 // check finds what can be known to be wrong before a process is made.

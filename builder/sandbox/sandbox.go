@@ -89,12 +89,16 @@ type Process struct {
 	Hostname       string   // "" is "buildkitsandbox"
 	Network        Network  // "" is the default network
 	ExtraHosts     []string // "name:ip" or "name=ip"
-	ShmSize        int64    // bytes of /dev/shm, 0 is 64 MiB
+	DNS            DNS
+	ShmSize        int64 // bytes of /dev/shm, 0 is 64 MiB
 	Ulimits        []Ulimit
 	Limits         Limits    // see [Limits.Try]
 	Insecure       bool      // all capabilities, no seccomp, nothing masked
 	Stdout, Stderr io.Writer // nil throws the output away; written to by one goroutine each, or one for both when equal
 }
+
+// DNS says how a process finds the addresses of names. What is empty is as on the machine.
+type DNS struct{ Servers, Search, Options []string }
 
 // ExitError says that the process ran and failed, or that its command could
 // not be executed (codes 127 and 126, with Reason set).

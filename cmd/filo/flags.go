@@ -2,8 +2,11 @@ package main
 
 import (
 	"fmt"
+	"time"
 
 	"github.com/spf13/pflag"
+
+	"filo/builder/sandbox"
 )
 
 // buildFlags are the flags of build as they were written, in the groups of its help.
@@ -21,6 +24,8 @@ type whatFlags struct {
 	file      string
 	target    string
 	args      []string
+	argFile   string
+	ignore    string // --ignorefile
 	labels    []string
 	platforms []string
 	contexts  []string
@@ -35,6 +40,8 @@ type stepFlags struct {
 	pull    bool
 	network string
 	hosts   []string
+	dns     sandbox.DNS
+	longest time.Duration
 	secrets []string
 	ssh     []string
 	shmSize string
@@ -90,6 +97,8 @@ func (f *whatFlags) register(fs *pflag.FlagSet) {
 	fs.StringVarP(&f.file, "file", "f", "", "Dockerfile: a `path`, a URL, or - for standard input (default PATH/Dockerfile)")
 	fs.StringVar(&f.target, "target", "", "build this `stage` (default the last one)")
 	fs.StringArrayVar(&f.args, "build-arg", nil, "set a build argument: `NAME=VALUE`, or NAME to take it from the environment")
+	fs.StringVar(&f.argFile, "build-arg-file", "", "build arguments from a `file`, one a line; --build-arg comes before it")
+	fs.StringVar(&f.ignore, "ignorefile", "", "read the patterns of what the local context does not hold from this `file`, not from .dockerignore")
 	fs.StringArrayVar(&f.labels, "label", nil, "add a label to the image: `KEY=VALUE`")
 	fs.StringArrayVar(&f.platforms, "platform", nil, "build for `OS/ARCH[/VARIANT]`; several (with commas, or repeated) give an index")
 	fs.StringArrayVar(&f.contexts, "build-context", nil, "additional context: `NAME=PATH`, URL, docker-image://REF or oci-layout://DIR[:TAG][@DIGEST]")
@@ -120,6 +129,9 @@ func (f *stepFlags) register(fs *pflag.FlagSet) {
 	fs.BoolVar(&f.pull, "pull", false, "ask the registry for every base image, even if the store has one of that name")
 	fs.StringVar(&f.network, "network", "default", "network of RUN: default, host or none")
 	fs.StringArrayVar(&f.hosts, "add-host", nil, "add a line to /etc/hosts of RUN: `NAME:IP`")
+	fs.StringArrayVar(&f.dns.Servers, "dns", nil, "ask the name server at this `IP` in RUN, not those of the machine; may be repeated")
+	fs.StringArrayVar(&f.dns.Search, "dns-search", nil, "look for names in this `domain`")
+	fs.StringArrayVar(&f.dns.Options, "dns-option", nil, "an `option` of resolv.conf, like timeout:1")
 	fs.StringArrayVar(&f.secrets, "secret", nil, "give RUN a secret: `id=NAME[,src=PATH|,env=VARIABLE]`")
 	fs.StringArrayVar(&f.ssh, "ssh", nil, "give RUN an ssh agent: `default` or ID[=SOCKET|KEY[,KEY]]")
 	fs.StringVar(&f.shmSize, "shm-size", "", "`size` of /dev/shm (default 64m)")
@@ -127,6 +139,7 @@ func (f *stepFlags) register(fs *pflag.FlagSet) {
 	fs.StringSliceVar(&f.allow, "allow", nil, "allow a step to ask for `network.host` or security.insecure")
 	fs.BoolVar(&f.verify, "verify", false, "do steps that the cache has anew and compare: a cache check, not faster")
 	fs.BoolVar(&f.explain, "explain", false, "print every input of every cache key")
+	fs.DurationVar(&f.longest, "step-timeout", 0, "stop a RUN that takes longer than this `time`, like 10m, and fail")
 	fs.IntVarP(&f.jobs, "jobs", "j", 0, "steps done at once (default four for each core)")
 	fs.StringVar(&f.keep, "keep-storage", "", "when done, remove from the state directory what was used longest ago until this `size` is left, like 20GB")
 }
@@ -147,7 +160,8 @@ func (f *ignoredFlags) register(fs *pflag.FlagSet) {
 	for _, name := range values {
 		fs.Var(&ignored{to: f, name: name, typ: "string"}, name, "")
 	}
-	for _, name := range append(bools, values...) {
+	fs.VarPF(&ignored{to: f, name: "debug", typ: "bool"}, "debug", "D", "").NoOptDefVal = "true"
+	for _, name := range append(bools, append(values, "debug")...) {
 		fs.Lookup(name).Hidden = true
 	}
 }

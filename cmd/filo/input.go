@@ -220,7 +220,11 @@ func (j *job) ignore(fsys fs.FS, d dockerfileText) (fs.FS, error) {
 	var patterns []string
 	err := j.task("[internal] load .dockerignore", func(say func(string)) (err error) {
 		size := 0
-		patterns, size, err = readIgnore(fsys, d.path)
+		if file := j.flags.what.ignore; file != "" {
+			patterns, size, err = readIgnoreFile(file)
+		} else {
+			patterns, size, err = readIgnore(fsys, d.path)
+		}
 		say("transferring context: " + units.HumanSize(float64(size)) + " done")
 		return err
 	})
@@ -251,6 +255,18 @@ func readIgnore(fsys fs.FS, dockerfile string) ([]string, int, error) {
 	if err != nil {
 		return nil, 0, err
 	}
+	return parseIgnore(text)
+}
+
+func readIgnoreFile(name string) ([]string, int, error) {
+	text, err := os.ReadFile(name)
+	if err != nil {
+		return nil, 0, fmt.Errorf("--ignorefile: %w", err)
+	}
+	return parseIgnore(text)
+}
+
+func parseIgnore(text []byte) ([]string, int, error) {
 	patterns, err := source.ReadIgnore(strings.NewReader(string(text)))
 	return patterns, len(text), err
 }

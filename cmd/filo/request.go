@@ -3,6 +3,7 @@ package main
 import (
 	"fmt"
 	"net/netip"
+	"os"
 	"path/filepath"
 	"slices"
 	"strconv"
@@ -24,7 +25,7 @@ type lookup func(name string) (string, bool)
 // policyVariable names a file of rules for sources. Not to heed it would be to use what somebody has forbidden.
 const policyVariable = "EXPERIMENTAL_BUILDKIT_SOURCE_POLICY"
 
-// request turns flags into a request: all of it but the files, which are not opened here.
+// request turns flags into a request: all of it but the files that it is made of, which are not opened here.
 func (f *buildFlags) request(env lookup) (builder.Request, error) {
 	var req builder.Request
 	if policy, _ := env(policyVariable); policy != "" {
@@ -42,7 +43,11 @@ func (f *buildFlags) request(env lookup) (builder.Request, error) {
 
 func (f *whatFlags) apply(req *builder.Request, env lookup) (err error) {
 	req.Target = f.target
-	if req.Args, err = buildArgs(f.args, env); err != nil {
+	args, err := readArgs(f.argFile)
+	if err != nil {
+		return err
+	}
+	if req.Args, err = buildArgs(append(args, f.args...), env); err != nil {
 		return err
 	}
 	req.Epoch = epoch(req.Args)
@@ -62,6 +67,24 @@ func (f *whatFlags) apply(req *builder.Request, env lookup) (err error) {
 	}
 	req.Platforms, err = parsePlatforms(f.platforms)
 	return err
+}
+
+// readArgs reads the lines of --build-arg-file; "" is no file.
+func readArgs(file string) ([]string, error) {
+	if file == "" {
+		return nil, nil
+	}
+	text, err := os.ReadFile(file)
+	if err != nil {
+		return nil, fmt.Errorf("--build-arg-file: %w", err)
+	}
+	var args []string
+	for line := range strings.Lines(string(text)) {
+		if line = strings.TrimRight(line, "\r\n"); strings.TrimSpace(line) != "" && !strings.HasPrefix(line, "#") {
+			args = append(args, line)
+		}
+	}
+	return args, nil
 }
 
 // buildArgs reads --build-arg. An argument without a value takes it from the environment and is dropped if there is
@@ -158,6 +181,9 @@ func parsePlatforms(values []string) ([]ocispec.Platform, error) {
 func (f *stepFlags) apply(req *builder.Request, env lookup) (err error) {
 	req.NoCache, req.Pull, req.Verify = f.noCache, f.pull, f.verify
 	req.NoCacheFilter = splitCommas(f.filter)
+	if req.Longest = f.longest; f.longest < 0 {
+		return fmt.Errorf("--step-timeout %s: want a time, like 10m", f.longest)
+	}
 	if v, _ := env("FILO_KEEP_STORAGE"); f.keep == "" {
 		f.keep = v
 	}
@@ -208,6 +234,17 @@ func (f *stepFlags) applyNetwork(req *builder.Request) error {
 		}
 		req.Hosts = append(req.Hosts, line)
 	}
+	for _, ip := range f.dns.Servers {
+		if _, err := netip.ParseAddr(ip); err != nil {
+			return fmt.Errorf("--dns %q: no IP address", ip)
+		}
+	}
+	for _, word := range slices.Concat(f.dns.Search, f.dns.Options) {
+		if word == "" || strings.ContainsAny(word, " \t\r\n") {
+			return fmt.Errorf("--dns-search, --dns-option %q: want one word", word)
+		}
+	}
+	req.DNS = f.dns
 	return nil
 }
 

@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -68,6 +69,7 @@ Environment:
   DOCKER_CONFIG           directory of Docker's config.json with credentials
   SOURCE_DATE_EPOCH       passed to builds as a build argument: pins all times of the image
   BUILDKIT_PROGRESS       default of build --progress
+  BUILDKIT_TTY_LOG_LINES  lines of the output of a running step on a terminal (default 6)
   NO_COLOR                no colours on a terminal
   SSH_AUTH_SOCK           agent of build --ssh default
   BUILDX_GIT_LABELS       1 labels images with source and revision of the git checkout they are built from
@@ -285,8 +287,9 @@ func (a *app) client() (*registry.Client, error) {
 // newDisplay starts the display of what a command does.
 func (a *app) newDisplay(mode progress.Mode) (*progress.Display, error) {
 	_, noColor := a.env("NO_COLOR")
+	lines, _ := strconv.Atoi(a.getenv("BUILDKIT_TTY_LOG_LINES")) // of what is no number the default is used
 	d, err := progress.New(a.stderr, progress.Options{
-		Mode: mode, Now: a.now, Size: terminalSize(a.stderr), Color: !noColor, Ticker: ticker,
+		Mode: mode, Now: a.now, Size: terminalSize(a.stderr), Color: !noColor, LogLines: lines, Ticker: ticker,
 	})
 	if err != nil {
 		return nil, err
