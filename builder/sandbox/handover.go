@@ -43,6 +43,12 @@ func (r *Runner) prepare(p Process) (*handover, error) {
 	if p.ShmSize == 0 {
 		p.ShmSize = 64 << 20
 	}
+	if p.Ground.SingleID { // whatever owner a mount is to have, the process is the only one there is
+		p.Mounts = slices.Clone(p.Mounts)
+		for i := range p.Mounts {
+			p.Mounts[i].UID, p.Mounts[i].GID = 0, 0
+		}
+	}
 	hosts, err := hostsFile(p.Hostname, p.ExtraHosts)
 	if err != nil {
 		return fail("make /etc/hosts", err)

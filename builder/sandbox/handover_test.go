@@ -21,3 +21,24 @@ func TestDNSEdit(t *testing.T) {
 		t.Errorf("of nothing: %q", got)
 	}
 }
+
+func TestOneIDOwnsAllMounts(t *testing.T) {
+	p := Process{Insecure: true, Mounts: []Mount{{Type: Data, Target: "/k", UID: 5, GID: 6, Mode: 0o440}}}
+	for _, single := range []bool{false, true} {
+		p.Ground.SingleID = single
+		h, err := new(Runner).prepare(p)
+		if err != nil {
+			t.Fatal(err)
+		}
+		want := Mount{Type: Data, Target: "/k", UID: 5, GID: 6, Mode: 0o440}
+		if single {
+			want.UID, want.GID = 0, 0
+		}
+		if got := h.Process.Mounts[0]; got.UID != want.UID || got.GID != want.GID || got.Mode != want.Mode {
+			t.Errorf("single %v: %+v, want %+v", single, got, want)
+		}
+		if p.Mounts[0].UID != 5 {
+			t.Error("the caller's mounts were changed")
+		}
+	}
+}
