@@ -2,6 +2,7 @@ package main
 
 import (
 	"sync"
+	"sync/atomic"
 	"time"
 
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
@@ -42,26 +43,39 @@ func (p *pulls) begin(d ocispec.Descriptor) (moved func(int), done func(error)) 
 		p.id, p.torn = p.next(), false
 		p.emit(builder.Event{Vertex: p.id, Name: "[internal] pull layers", State: builder.Started})
 	}
-	e := builder.Event{Vertex: p.id, State: builder.Moving, Data: []byte(d.Digest), Of: d.Size}
-	p.emit(e)
-	told := p.now()
-	moved = func(n int) { // by the one goroutine that reads
-		e.Bytes += int64(n)
-		if now := p.now(); now.Sub(told) >= pullEvery {
-			told = now
-			p.emit(e)
-		}
-	}
-	return moved, func(err error) { p.end(e, err) }
+	one := &pull{of: p, event: builder.Event{Vertex: p.id, State: builder.Moving, Data: []byte(d.Digest), Of: d.Size}, told: p.now()}
+	p.emit(one.event)
+	return one.moved, one.done
 }
 
-// end tells that a layer is there, or will not be, and with the last one the vertex ends.
-func (p *pulls) end(e builder.Event, err error) {
+// pull is a layer that comes.
+type pull struct {
+	of    *pulls
+	event builder.Event // without the bytes
+	bytes atomic.Int64
+	told  time.Time   // by moved, which only the one who reads calls
+	over  atomic.Bool // who reads may find out late
+}
+
+func (l *pull) moved(n int) {
+	e := l.event
+	e.Bytes = l.bytes.Add(int64(n))
+	if now := l.of.now(); now.Sub(l.told) >= pullEvery && !l.over.Load() {
+		l.told = now
+		l.of.emit(e)
+	}
+}
+
+// done tells that the layer is there, or will not be, and with the last one the vertex ends.
+func (l *pull) done(err error) {
+	p := l.of
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	l.over.Store(true)
 	p.torn = p.torn || err != nil
 	if err == nil {
-		e.State = builder.Moved
+		e := l.event
+		e.State, e.Bytes = builder.Moved, l.bytes.Load()
 		p.emit(e)
 	}
 	if p.under--; p.under > 0 {
