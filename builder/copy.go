@@ -100,7 +100,7 @@ func (w *walk) fetch(ctx context.Context, c *copyStep, src dockerfile.Source) ([
 func pickInline(in dockerfile.Inline) picked {
 	e := layer.Entry{Path: ".", Type: layer.Regular, Mode: 0o644, Size: int64(len(in.Data)), Digest: digest.FromBytes(in.Data)}
 	return picked{
-		name: in.Name, made: true, files: []file{{Entry: e}},
+		name: in.Name, made: true, top: file{Entry: e},
 		open: func(string) (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(in.Data)), nil },
 	}
 }
@@ -141,7 +141,7 @@ func (w *walk) copy(ctx context.Context, v *vertex, c copyStep, below []layer.La
 }
 
 func (p *plan) copyOrUnpack(src *picked, dest string, a attributes, sp *spool) error {
-	if src.unpack && src.files[0].Type == layer.Regular {
+	if src.unpack && src.top.Type == layer.Regular {
 		if done, err := p.unpack(src, dest, a, sp); done || err != nil {
 			return err
 		}

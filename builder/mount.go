@@ -193,7 +193,7 @@ func (w *walk) materialise(ctx context.Context, source []picked) (layer.Layer, s
 	}
 	m, err := w.remembered(ctx, nil, q, func(ctx context.Context, _ int64) (layer.Layer, error) {
 		pl := newPlan(nil, 0)
-		root := source[0].files[0]
+		root := source[0].top
 		if source[0].isDir() {
 			root.Path = strings.TrimPrefix(at, "/")
 			pl.put(node{Entry: root.Entry})
@@ -424,19 +424,21 @@ func (w *walk) copyOut(ctx context.Context, src *picked, dir string) error {
 	if !src.isDir() {
 		return fmt.Errorf("source %s: not a directory", src.name)
 	}
-	for _, f := range src.files {
+	var dirs []*file
+	for f := range src.files {
 		if err := ctx.Err(); err != nil {
 			return err
 		}
-		if err := w.copyOutFile(src, f, filepath.Join(dir, f.Path)); err != nil {
+		if err := w.copyOutFile(src, *f, filepath.Join(dir, f.Path)); err != nil {
 			return err
 		}
-	}
-	for _, f := range slices.Backward(src.files) { // a directory's own mode may forbid to fill it
 		if f.Type == layer.Dir {
-			if err := os.Chmod(filepath.Join(dir, f.Path), fileMode(f.Mode)); err != nil {
-				return err
-			}
+			dirs = append(dirs, f)
+		}
+	}
+	for _, f := range slices.Backward(dirs) { // a directory's own mode may forbid to fill it
+		if err := os.Chmod(filepath.Join(dir, f.Path), fileMode(f.Mode)); err != nil {
+			return err
 		}
 	}
 	return nil

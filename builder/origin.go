@@ -21,9 +21,9 @@ type origin struct {
 	view  *layer.View  // fs, if it is one: digests, owners and extended attributes are known
 }
 
-// file describes the file name of o as rel. Its digest is set only if the origin knows it.
-func (o *origin) file(name, rel string) (file, error) {
-	fi, err := lstat(o.fs, name)
+// file describes the file name of o as rel; info is what Lstat says of it. Its digest is set only if the origin knows it.
+func (o *origin) file(name, rel string, info func() (fs.FileInfo, error)) (file, error) {
+	fi, err := info()
 	if err != nil {
 		return file{}, err
 	}
@@ -33,12 +33,15 @@ func (o *origin) file(name, rel string) (file, error) {
 		f.Path = rel
 		return f, nil
 	case *rootfs.Stat:
-		e, inode, err := o.statEntry(name, fi, st)
-		e.Path = rel
-		if e.Type == layer.Regular && e.Digest == "" { // here, where files are looked at side by side
-			e.Digest, _ = o.known(name, st)
+		f := file{}
+		f.Entry, f.inode, err = o.statEntry(name, fi, st)
+		f.Path = rel
+		if f.Type == layer.Regular && f.Digest == "" { // here, where files are looked at side by side
+			if f.Digest, _ = o.known(name, st); f.Digest == "" {
+				f.stat = new(*st)
+			}
 		}
-		return file{Entry: e, inode: inode, stat: st}, err
+		return f, err
 	}
 	return file{}, fmt.Errorf("lstat %s: unknown file system %T", name, o.fs)
 }

@@ -20,6 +20,7 @@ import (
 	"github.com/opencontainers/go-digest"
 	"golang.org/x/sync/errgroup"
 
+	"filo/builder/source"
 	"filo/layer"
 	"filo/layer/rootfs"
 )
@@ -32,19 +33,27 @@ type picked struct {
 	contents bool                                     // of a directory only the contents are meant, not the directory itself
 	unpack   bool                                     // an archive is to be unpacked
 	made     bool                                     // it has no time of its own
-	files    []file                                   // the root first
+	top      file                                     // the root
+	below    listed                                   // of a directory
 }
 
 // file is one file of a picked source; Path is relative to its root, "." for the root.
 type file struct {
 	layer.Entry
 	inode string       // equal for hard links of each other; "" for a file with one name
-	stat  *rootfs.Stat // nil where the file is not on a disk of its own
+	stat  *rootfs.Stat // of a regular file on a disk of its own whose digest is not known
 	held  bool         // a directory that was not asked for, only something in it
 }
 
 // isDir reports whether the source is a directory.
-func (p *picked) isDir() bool { return p.files[0].Type == layer.Dir }
+func (p *picked) isDir() bool { return p.top.Type == layer.Dir }
+
+// files are the root and all below it, in canonical order.
+func (p *picked) files(yield func(*file) bool) {
+	if yield(&p.top) {
+		p.below.each(yield)
+	}
+}
 
 // selection is what a copy wants of one origin.
 type selection struct {
@@ -78,10 +87,11 @@ func (o *origin) pick(ctx context.Context, s selection) ([]picked, error) {
 			return nil, err
 		}
 		w := walker{ctx: ctx, origin: o, exclude: exclude, top: p.name}
-		if p.files, err = w.walk(p.root); err != nil {
+		wanted, err := w.walk(&p)
+		if err != nil {
 			return nil, missing(m, err)
 		}
-		if len(p.files) > 0 {
+		if wanted {
 			out = append(out, p)
 		}
 	}
@@ -116,7 +126,7 @@ func (o *origin) pickParents(ctx context.Context, s selection, exclude *patternm
 			return nil, err
 		}
 		w := walker{ctx: ctx, origin: o, exclude: exclude, include: include}
-		if p.files, err = w.walk(p.root); err != nil {
+		if _, err := w.walk(&p); err != nil {
 			return nil, missing(m, err)
 		}
 		if !hasMeta(s.path) && !p.has(path.Clean(cmp.Or(pattern, "."))) { // excluded, or behind a link
@@ -129,7 +139,12 @@ func (o *origin) pickParents(ctx context.Context, s selection, exclude *patternm
 
 // has reports whether a file of that path is picked.
 func (p *picked) has(name string) bool {
-	return slices.ContainsFunc(p.files, func(f file) bool { return f.Path == name })
+	for f := range p.files {
+		if f.Path == name {
+			return true
+		}
+	}
+	return false
 }
 
 // clean makes p a rooted path that does not climb above the root.
@@ -228,69 +243,118 @@ type walker struct {
 	include *patternmatcher.PatternMatcher
 	top     string        // name that exclude sees of a root that is no directory: patterns are relative to a directory
 	aside   chan struct{} // holds one for each directory that is listed beside others; nil lists one at a time
+	root    string        // path in the origin
+	spare   sync.Pool     // of *[]file: where directories gather what is in them
 }
 
 // match is what the patterns said of a directory, so that they are not asked again for what it holds.
 type match struct{ include, exclude patternmatcher.MatchInfo }
 
-// walk lists root and all below it in canonical order; nothing if root itself is excluded.
-func (w *walker) walk(root string) ([]file, error) {
-	top, err := w.origin.file(root, ".")
+// walk lists the root of p and all below it, and reports whether the root is not excluded itself.
+func (w *walker) walk(p *picked) (wanted bool, err error) {
+	w.root, w.spare.New = p.root, func() any { return new([]file) }
+	p.top, err = w.origin.file(p.root, ".", func() (fs.FileInfo, error) { return lstat(w.origin.fs, p.root) })
 	if err != nil {
-		return nil, err
+		return false, err
 	}
-	if w.exclude != nil && w.top != "" && top.Type != layer.Dir {
+	if w.exclude != nil && w.top != "" && !p.isDir() {
 		if out, err := w.exclude.MatchesOrParentMatches(w.top); err != nil || out {
-			return nil, err
+			return false, err
 		}
 	}
-	if top.Type != layer.Dir {
-		return []file{top}, nil
+	if !p.isDir() {
+		return true, nil
 	}
 	if w.exclude == nil && w.include == nil { // a matcher is not safe for concurrent use
 		w.aside = make(chan struct{}, runtime.GOMAXPROCS(0)-1)
 	}
-	below, err := w.dir(root, ".", match{})
-	return slices.Concat([]file{top}, below), err
+	p.below = w.dir(p.root, match{})
+	return true, p.below.err
 }
 
-// dir lists what is in name and wanted, with the directories that lead to it.
-func (w *walker) dir(name, rel string, above match) ([]file, error) {
-	if err := w.ctx.Err(); err != nil {
-		return nil, err
-	}
-	entries, err := fs.ReadDir(w.origin.fs, name)
-	if err != nil {
-		return nil, err
-	}
-	branches := make([]branch, len(entries))
-	var beside sync.WaitGroup
-	for i, e := range entries {
-		b := &branches[i]
-		b.name, b.path = under(name, e.Name()), under(rel, e.Name())
-		wanted, below, m, err := w.wants(b.path, above)
-		if err != nil {
-			b.err = err
-			break
+// listed is what is in a directory and wanted, with the directories that lead to it.
+type listed struct {
+	files []file   // without a type: left out after all
+	dirs  []subdir // those of files that were looked into, in order
+	err   error
+}
+
+// subdir is a directory in one that was listed, and what is below it.
+type subdir struct {
+	at    int    // index in the files of the directory that it is in
+	name  string // in the origin
+	match match
+	listed
+}
+
+// each calls yield for all of l, in canonical order.
+func (l *listed) each(yield func(*file) bool) bool {
+	dirs := l.dirs
+	for i := range l.files {
+		if f := &l.files[i]; f.Type != 0 && !yield(f) {
+			return false
 		}
-		if !e.IsDir() || !below {
-			if wanted {
-				b.err = w.self(b)
-			}
+		if len(dirs) == 0 || dirs[0].at != i {
 			continue
 		}
-		w.beside(&beside, func() { b.err = w.grow(b, wanted, m) })
+		if !dirs[0].each(yield) {
+			return false
+		}
+		dirs = dirs[1:]
 	}
-	beside.Wait()
-	return flat(branches)
+	return true
 }
 
-// branch is a name in a directory and what is below it.
-type branch struct {
-	name, path string // in the origin; relative to the root of the walk
-	self       file   // without a type if it is not listed
-	below      []file
-	err        error
+// isEmpty reports whether nothing is listed.
+func (l *listed) isEmpty() bool {
+	return !slices.ContainsFunc(l.files, func(f file) bool { return f.Type != 0 })
+}
+
+// dir lists the directory name of the origin.
+func (w *walker) dir(name string, above match) (l listed) {
+	if l.err = w.ctx.Err(); l.err != nil {
+		return l
+	}
+	found := w.spare.Get().(*[]file)
+	defer w.spare.Put(found)
+	*found = (*found)[:0]
+	l.err = source.List(w.origin.fs, name, func(p string, e fs.DirEntry) error {
+		rel := w.relative(p)
+		wanted, below, m, err := w.wants(rel, above)
+		if err != nil || !wanted && !(below && e.IsDir()) {
+			return err
+		}
+		f, err := w.origin.file(p, rel, e.Info)
+		if err != nil {
+			return err
+		}
+		if f.held = !wanted; f.held && f.Type != layer.Dir { // replaced meanwhile
+			return nil
+		}
+		if f.Type == layer.Dir && below {
+			l.dirs = append(l.dirs, subdir{at: len(*found), name: p, match: m})
+		}
+		*found = append(*found, f)
+		return nil
+	})
+	if l.err != nil {
+		return l
+	}
+	l.files = slices.Clone(*found)
+	var beside sync.WaitGroup
+	for i := range l.dirs {
+		d := &l.dirs[i]
+		w.beside(&beside, func() { d.listed = w.dir(d.name, d.match) })
+	}
+	beside.Wait()
+	for i := range l.dirs {
+		d := &l.dirs[i]
+		l.err = cmp.Or(l.err, d.err)
+		if f := &l.files[d.at]; f.held && d.isEmpty() { // it leads to nothing that is wanted
+			f.Type = 0
+		}
+	}
+	return l
 }
 
 // beside calls list, in a goroutine if there is one to spare.
@@ -306,38 +370,12 @@ func (w *walker) beside(g *sync.WaitGroup, list func()) {
 	}
 }
 
-// grow lists the directory b. One that is not wanted itself is listed if it holds something that is.
-func (w *walker) grow(b *branch, wanted bool, m match) (err error) {
-	if b.below, err = w.dir(b.name, b.path, m); err != nil || !wanted && len(b.below) == 0 {
-		return err
+// relative returns the path of the origin p relative to the root of the walk.
+func (w *walker) relative(p string) string {
+	if w.root == "." {
+		return p
 	}
-	err = w.self(b)
-	b.self.held = !wanted
-	return err
-}
-
-func (w *walker) self(b *branch) (err error) {
-	b.self, err = w.origin.file(b.name, b.path)
-	return err
-}
-
-// flat lists branches in their order.
-func flat(branches []branch) ([]file, error) {
-	n := 0
-	for _, b := range branches {
-		if b.err != nil {
-			return nil, b.err
-		}
-		n += 1 + len(b.below)
-	}
-	files := make([]file, 0, n)
-	for _, b := range branches {
-		if b.self.Type != 0 {
-			files = append(files, b.self)
-		}
-		files = append(files, b.below...)
-	}
-	return files, nil
+	return p[len(w.root)+1:]
 }
 
 // under is path.Join of clean paths.
@@ -375,9 +413,9 @@ func (w *walker) wants(p string, above match) (wanted, below bool, m match, err 
 func (o *origin) digestAll(ctx context.Context, all []picked) error {
 	g, ctx := errgroup.WithContext(ctx)
 	g.SetLimit(runtime.GOMAXPROCS(0))
-	for _, p := range all {
-		for i := range p.files {
-			f := &p.files[i]
+	for i := range all {
+		p := &all[i]
+		for f := range p.files {
 			if f.Type != layer.Regular || f.Digest != "" {
 				continue
 			}
@@ -398,39 +436,57 @@ func (o *origin) digestAll(ctx context.Context, all []picked) error {
 // and --chmod replace them.
 func (p *picked) digest() digest.Digest {
 	h := sha256.New()
-	fmt.Fprintf(h, "%q %v %v\n", p.name, p.contents, p.unpack)
+	const block = 32 << 10 // hashed at once
+	b := fmt.Appendf(make([]byte, 0, block), "%q %v %v\n", p.name, p.contents, p.unpack)
 	inodes := map[string]int{}
-	var b []byte
-	for i, f := range p.files {
-		b = strconv.AppendQuote(b[:0], f.Path)
-		b = append(b, ' ', byte(f.Type))
-		if i != 0 || f.Type != layer.Dir {
-			b = strconv.AppendUint(append(b, " m"...), uint64(f.Mode), 8)
+	for f := range p.files {
+		if b = p.appendFile(b, f, inodes); len(b) > block/2 {
+			h.Write(b)
+			b = b[:0]
 		}
-		b = strconv.AppendInt(append(b, " o"...), int64(f.UID), 10)
-		b = strconv.AppendInt(append(b, ':'), int64(f.GID), 10)
-		if f.held {
-			b = append(b, " held"...)
-		}
-		b = append(append(b, ' '), f.Digest...)
-		b = strconv.AppendQuote(append(b, ' '), f.Link)
-		if f.Type == layer.Char || f.Type == layer.Block {
-			b = fmt.Appendf(b, " %d:%d", f.Major, f.Minor)
-		}
-		for _, k := range sortedKeys(f.Xattrs) {
-			b = fmt.Appendf(b, " %q=%q", k, f.Xattrs[k])
-		}
-		if f.inode != "" {
-			n, ok := inodes[f.inode]
-			if !ok {
-				n = len(inodes)
-				inodes[f.inode] = n
-			}
-			b = fmt.Appendf(b, " #%d", n)
-		}
-		h.Write(append(b, '\n'))
 	}
+	h.Write(b)
 	return digest.NewDigest(digest.SHA256, h)
+}
+
+// appendFile appends what of f counts. inodes numbers those that were met before.
+func (p *picked) appendFile(b []byte, f *file, inodes map[string]int) []byte {
+	b = append(appendQuoted(b, f.Path), ' ', byte(f.Type))
+	if f != &p.top || f.Type != layer.Dir {
+		b = strconv.AppendUint(append(b, " m"...), uint64(f.Mode), 8)
+	}
+	b = strconv.AppendInt(append(b, " o"...), int64(f.UID), 10)
+	b = strconv.AppendInt(append(b, ':'), int64(f.GID), 10)
+	if f.held {
+		b = append(b, " held"...)
+	}
+	b = append(append(b, ' '), f.Digest...)
+	b = appendQuoted(append(b, ' '), f.Link)
+	if f.Type == layer.Char || f.Type == layer.Block {
+		b = fmt.Appendf(b, " %d:%d", f.Major, f.Minor)
+	}
+	for _, k := range sortedKeys(f.Xattrs) {
+		b = fmt.Appendf(b, " %q=%q", k, f.Xattrs[k])
+	}
+	if f.inode != "" {
+		n, ok := inodes[f.inode]
+		if !ok {
+			n = len(inodes)
+			inodes[f.inode] = n
+		}
+		b = fmt.Appendf(b, " #%d", n)
+	}
+	return append(b, '\n')
+}
+
+// appendQuoted is strconv.AppendQuote, which takes its time where there is nothing to quote.
+func appendQuoted(b []byte, s string) []byte {
+	for i := 0; i < len(s); i++ {
+		if c := s[i]; c < ' ' || c > '~' || c == '"' || c == '\\' {
+			return strconv.AppendQuote(b, s)
+		}
+	}
+	return append(append(append(b, '"'), s...), '"')
 }
 
 func sortedKeys[V any](m map[string]V) []string {

@@ -173,17 +173,16 @@ func (p *plan) copy(src *picked, dest string, a attributes) error {
 	if err := p.mkdirAll(target, mode, o); err != nil {
 		return err
 	}
-	for i := range src.files {
-		if err := p.copyFile(src, i, dst, a); err != nil {
+	for f := range src.files {
+		if err := p.copyFile(src, f, dst, a); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-// copyFile copies the i-th file of src below dst.
-func (p *plan) copyFile(src *picked, i int, dst string, a attributes) error {
-	f := src.files[i]
+// copyFile copies the file f of src below dst.
+func (p *plan) copyFile(src *picked, f *file, dst string, a attributes) error {
 	n := node{Entry: f.Entry}
 	n.Path = path.Join(dst, f.Path)
 	old, exists := p.lstat(n.Path)
@@ -191,7 +190,7 @@ func (p *plan) copyFile(src *picked, i int, dst string, a attributes) error {
 		if exists && old.Type != layer.Dir {
 			return fmt.Errorf("cannot copy to non-directory: /%s", n.Path)
 		}
-		if exists && i == 0 { // an existing destination keeps all but its time
+		if exists && f == &src.top { // an existing destination keeps all but its time
 			old.ModTime, old.Path = n.ModTime, n.Path
 			p.put(node{Entry: old})
 			return nil

@@ -7,8 +7,13 @@ import (
 	"encoding/hex"
 	"errors"
 	"io"
+	"maps"
 	"os"
+	"path"
 	"path/filepath"
+	"slices"
+	"sort"
+	"strings"
 	"sync"
 	"time"
 
@@ -21,61 +26,76 @@ import (
 // file system's clock looks unchanged to stat (git's racy rule). Two seconds is the coarsest clock in use (FAT, NFS).
 const margin = 2 * time.Second
 
-// filesMagic starts a file of remembered digests and names its form: after it the SHA-256 of the rest, then records
-// of a path (uvarint length, bytes) and [remembered] in little endian.
-const filesMagic = "filo files 1\n"
+// filesMagic starts a file of remembered digests and names its form. What follows, in little endian: the SHA-256 of the
+// rest; when the last digest was noted, as in [remembered]; then the directories that have files, each as
+//
+//	uvarint, bytes    the path, "" for the root
+//	uvarint n         number of files
+//	uvarint           how many bytes the names take
+//	n rows            see [folder.row], in the order of names
+//	names             one after the other
+//
+// Of a row only the end of its name is looked at before its file is asked for: a context has tens of thousands of files.
+const filesMagic = "filo files 2\n"
 
 // Files remembers the digests of one directory's files by what stat says of them. It is safe for concurrent use.
 type Files struct {
-	s       *Store
-	path    string
-	mu      sync.RWMutex
-	known   map[string]remembered
-	changed bool
+	s     *Store
+	path  string
+	old   map[string]folder // what was remembered before, by path of the directory; it does not change
+	mu    sync.Mutex
+	fresh map[string]remembered // what was learned since, by path of the file
 }
 
 // remembered is what was seen of a file when it was hashed.
 type remembered struct {
 	Size, Dev, Ino      int64
 	Mtime, Ctime, Noted int64 // nanoseconds since the epoch
-	Sum                 [sha256.Size]byte
+	Digest              digest.Digest
 }
 
 // Files opens what is remembered of the directory root, named by its absolute path. What cannot be read is nothing.
 func (s *Store) Files(root string) *Files {
 	sum := sha256.Sum256([]byte(root))
-	f := &Files{s: s, path: filepath.Join(s.dir, "files", hex.EncodeToString(sum[:])), known: map[string]remembered{}}
-	b, err := os.ReadFile(f.path)
-	if err == nil && !f.decode(b) {
-		f.known = map[string]remembered{}
-		s.repaired("remembered digests of files in " + root)
+	f := &Files{s: s, path: filepath.Join(s.dir, "files", hex.EncodeToString(sum[:])), fresh: map[string]remembered{}}
+	file, err := os.Open(f.path)
+	if err != nil {
+		return f
 	}
-	if f.latest() > s.now().Add(margin).UnixNano() {
-		f.known = map[string]remembered{} // the clock was set back: change times do not tell what came first
+	defer file.Close()
+	fi, err := file.Stat()
+	if err != nil {
+		return f
+	}
+	old, noted, err := readFiles(file, fi.Size())
+	switch {
+	case errors.Is(err, errForm): // another filo's
+	case err != nil:
+		s.repaired("remembered digests of files in " + root)
+	case noted <= s.now().Add(margin).UnixNano(): // else the clock was set back: change times do not tell what came first
+		f.old = old
 	}
 	return f
-}
-
-// latest is when something was remembered last, in nanoseconds since the epoch.
-func (f *Files) latest() (t int64) {
-	for _, r := range f.known {
-		t = max(t, r.Noted)
-	}
-	return t
 }
 
 // Known returns the remembered digest of the file at path, which st describes, if nothing stat shows has changed since
 // and the change before was safely older than the record.
 func (f *Files) Known(path string, st rootfs.Stat) (digest.Digest, bool) {
-	f.mu.RLock()
-	old, ok := f.known[path]
-	f.mu.RUnlock()
 	now := seen(st)
-	now.Noted, now.Sum = old.Noted, old.Sum
-	if !ok || now != old || old.Ctime >= old.Noted-int64(margin) {
-		return "", false
+	dir, name := split(path)
+	if r, ok := f.old[dir].find(name); ok && r.tells(now) {
+		return r.Digest, true
 	}
-	return digestOf(old.Sum), true
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	r, ok := f.fresh[path]
+	return r.Digest, ok && r.tells(now)
+}
+
+// split returns the directory of a clean relative path, "" for the root, and the name in it.
+func split(path string) (dir, name string) {
+	i := strings.LastIndexByte(path, '/')
+	return path[:max(i, 0)], path[i+1:]
 }
 
 // seen is what stat says.
@@ -86,11 +106,10 @@ func seen(st rootfs.Stat) remembered {
 	}
 }
 
-// digestOf writes a sum as a digest. It runs for each file of a context.
-func digestOf(sum [sha256.Size]byte) digest.Digest {
-	const prefix = "sha256:"
-	b := append(make([]byte, 0, len(prefix)+2*len(sum)), prefix...)
-	return digest.Digest(hex.AppendEncode(b, sum[:]))
+// tells reports whether r still says what is in a file that is now as it was seen.
+func (r remembered) tells(now remembered) bool {
+	now.Noted, now.Digest = r.Noted, r.Digest
+	return now == r && r.Ctime < r.Noted-int64(margin)
 }
 
 // Digest returns the digest of the file at path, which st describes: the one that is [Files.Known], or that of what
@@ -110,71 +129,196 @@ func (f *Files) Digest(path string, st rootfs.Stat, open func() (io.ReadCloser, 
 	if err := errors.Join(err, r.Close()); err != nil {
 		return "", err
 	}
-	h.Sum(now.Sum[:0])
+	now.Digest = digest.NewDigest(digest.SHA256, h)
 	f.mu.Lock()
-	f.known[path], f.changed = now, true
+	f.fresh[path] = now
 	f.mu.Unlock()
-	return digestOf(now.Sum), nil
+	return now.Digest, nil
 }
 
 // Save writes what was learned since Files. Of two processes that save at once the later one wins.
 func (f *Files) Save() error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if !f.changed {
+	if len(f.fresh) == 0 {
 		return nil
 	}
-	f.changed = false
-	return f.s.replace(f.path, f.encode())
+	all := make(map[string]remembered, len(f.fresh))
+	for dir, in := range f.old {
+		for i := range in.len() {
+			all[path.Join(dir, in.name(i))] = in.row(i)
+		}
+	}
+	maps.Copy(all, f.fresh)
+	return f.s.replace(f.path, encodeFiles(all))
 }
 
-func (f *Files) encode() []byte {
-	b := make([]byte, len(filesMagic)+sha256.Size, len(filesMagic)+sha256.Size+len(f.known)*160)
+// folder is what is remembered of a directory, as it is in the file.
+type folder struct{ rows, names string }
+
+// A row is where its name ends, counted from the first, in 4 bytes, what was seen in 8 each, and the digest.
+const (
+	rowSeen   = 4
+	rowDigest = rowSeen + 6*8
+	rowSize   = rowDigest + len("sha256:") + 2*sha256.Size
+)
+
+func (d folder) len() int { return len(d.rows) / rowSize }
+
+// end is where the i-th name ends; the first one begins where that of -1 ends.
+func (d folder) end(i int) int {
+	if i < 0 {
+		return 0
+	}
+	return int(binary.LittleEndian.Uint32([]byte(d.rows[i*rowSize:][:rowSeen])))
+}
+
+func (d folder) name(i int) string { return d.names[d.end(i-1):d.end(i)] }
+
+func (d folder) row(i int) (r remembered) {
+	row := d.rows[i*rowSize:][:rowSize]
+	for i, field := range r.numbers() {
+		*field = int64(binary.LittleEndian.Uint64([]byte(row[rowSeen+8*i:][:8])))
+	}
+	r.Digest = digest.Digest(row[rowDigest:])
+	return r
+}
+
+// numbers are the fields of r in the order of a row.
+func (r *remembered) numbers() [6]*int64 {
+	return [...]*int64{&r.Size, &r.Dev, &r.Ino, &r.Mtime, &r.Ctime, &r.Noted}
+}
+
+// find returns what is remembered of the file name.
+func (d folder) find(name string) (remembered, bool) {
+	i, ok := sort.Find(d.len(), func(i int) int { return strings.Compare(name, d.name(i)) })
+	if !ok {
+		return remembered{}, false
+	}
+	return d.row(i), true
+}
+
+// encodeFiles is a file of what is remembered of files, by path.
+func encodeFiles(all map[string]remembered) []byte {
+	byDir := map[string][]string{}
+	var noted int64
+	for path, r := range all {
+		dir, name := split(path)
+		byDir[dir] = append(byDir[dir], name)
+		noted = max(noted, r.Noted)
+	}
+	const short = 32 // a name, to guess how much it is
+	b := make([]byte, len(filesMagic)+sha256.Size, len(filesMagic)+sha256.Size+len(all)*(short+rowSize))
 	copy(b, filesMagic)
-	for path, r := range f.known {
-		b = binary.AppendUvarint(b, uint64(len(path)))
-		b = append(b, path...)
-		for _, n := range []int64{r.Size, r.Dev, r.Ino, r.Mtime, r.Ctime, r.Noted} {
-			b = binary.LittleEndian.AppendUint64(b, uint64(n))
-		}
-		b = append(b, r.Sum[:]...)
+	b = binary.LittleEndian.AppendUint64(b, uint64(noted))
+	for _, dir := range slices.Sorted(maps.Keys(byDir)) {
+		b = appendFolder(b, dir, byDir[dir], all)
 	}
 	sum := sha256.Sum256(b[len(filesMagic)+sha256.Size:])
 	copy(b[len(filesMagic):], sum[:])
 	return b
 }
 
-// rememberedSize is how long a record is after its path.
-const rememberedSize = 6*8 + sha256.Size
+func appendFolder(b []byte, dir string, names []string, all map[string]remembered) []byte {
+	slices.Sort(names)
+	text := strings.Join(names, "")
+	b = append(binary.AppendUvarint(b, uint64(len(dir))), dir...)
+	b = binary.AppendUvarint(b, uint64(len(names)))
+	b = binary.AppendUvarint(b, uint64(len(text)))
+	end := 0
+	for _, name := range names {
+		end += len(name)
+		b = binary.LittleEndian.AppendUint32(b, uint32(end))
+		r := all[path.Join(dir, name)]
+		for _, n := range r.numbers() {
+			b = binary.LittleEndian.AppendUint64(b, uint64(*n))
+		}
+		b = append(b, r.Digest...)
+	}
+	return append(b, text...)
+}
 
-// decode fills f.known from b and reports whether b is whole.
-func (f *Files) decode(b []byte) bool {
-	rest, ok := bytes.CutPrefix(b, []byte(filesMagic))
-	if !ok || len(rest) < sha256.Size {
-		return false
+// Why a file of remembered digests is of no use.
+var (
+	errForm = errors.New("another form")
+	errTorn = errors.New("not whole")
+)
+
+// readFiles reads size bytes that encodeFiles made, and when the last digest was noted. All strings that it returns are
+// parts of one.
+func readFiles(r io.Reader, size int64) (old map[string]folder, noted int64, err error) {
+	const start = len(filesMagic) + sha256.Size
+	head := make([]byte, start)
+	if _, err := io.ReadFull(r, head); err != nil {
+		return nil, 0, errTorn
 	}
-	body := rest[sha256.Size:]
-	if sum := sha256.Sum256(body); !bytes.Equal(sum[:], rest[:sha256.Size]) {
-		return false
+	if string(head[:len(filesMagic)]) != filesMagic {
+		return nil, 0, errForm
 	}
-	const short = 24 // a path, to guess how many there are
-	f.known = make(map[string]remembered, len(body)/(short+rememberedSize))
-	text := string(body) // of which the paths are parts
-	for len(body) > 0 {
-		n, w := binary.Uvarint(body)
-		if w <= 0 || n > uint64(len(body)) || uint64(len(body)) < uint64(w)+n+rememberedSize {
+	var b strings.Builder
+	b.Grow(max(0, int(size)-start))
+	h := sha256.New()
+	if _, err := io.Copy(io.MultiWriter(&b, h), r); err != nil {
+		return nil, 0, err
+	}
+	if !bytes.Equal(h.Sum(nil), head[len(filesMagic):]) {
+		return nil, 0, errTorn
+	}
+	p := parser{text: b.String()}
+	noted = int64(p.uint64())
+	old = map[string]folder{}
+	for p.text != "" && !p.torn {
+		dir := p.take(p.uvarint())
+		n, names := p.uvarint(), p.uvarint()
+		old[dir] = folder{rows: p.take(n * rowSize), names: p.take(names)}
+		p.torn = p.torn || !old[dir].whole()
+	}
+	if p.torn {
+		return nil, 0, errTorn
+	}
+	return old, noted, nil
+}
+
+// whole reports whether each name ends where the next one may begin.
+func (d folder) whole() bool {
+	for i := range d.len() {
+		if end := d.end(i); end < d.end(i-1) || end > len(d.names) {
 			return false
 		}
-		at := len(text) - len(body) + w
-		path := text[at : at+int(n)]
-		body = body[w+int(n):]
-		var r remembered
-		for i, field := range []*int64{&r.Size, &r.Dev, &r.Ino, &r.Mtime, &r.Ctime, &r.Noted} {
-			*field = int64(binary.LittleEndian.Uint64(body[8*i:]))
-		}
-		copy(r.Sum[:], body[6*8:])
-		f.known[path] = r
-		body = body[rememberedSize:]
 	}
 	return true
+}
+
+// parser takes text apart. Torn is set, and stays, where it is too short.
+type parser struct {
+	text string
+	torn bool
+}
+
+// take takes the first n bytes.
+func (p *parser) take(n int) string {
+	if n < 0 || n > len(p.text) {
+		p.torn, n = true, 0
+	}
+	out := p.text[:n]
+	p.text = p.text[n:]
+	return out
+}
+
+func (p *parser) uint64() uint64 {
+	b := p.take(8)
+	if p.torn {
+		return 0
+	}
+	return binary.LittleEndian.Uint64([]byte(b))
+}
+
+// uvarint takes a number of things of which each takes at least a byte.
+func (p *parser) uvarint() int {
+	n, w := binary.Uvarint([]byte(p.text[:min(len(p.text), binary.MaxVarintLen64)]))
+	if w <= 0 || n > uint64(len(p.text)) {
+		p.torn, w, n = true, 0, 0
+	}
+	p.text = p.text[w:]
+	return int(n)
 }

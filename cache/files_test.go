@@ -4,9 +4,14 @@ import (
 	"bytes"
 	"crypto/sha256"
 	"io"
-	"maps"
+	"os"
+	"path"
+	"slices"
+	"strings"
 	"testing"
 	"time"
+
+	"github.com/opencontainers/go-digest"
 
 	"filo/layer/rootfs"
 )
@@ -80,20 +85,113 @@ func hexOf(b []byte) []byte {
 	return out
 }
 
+// What is read of any bytes, with a sum that fits, can be looked at and written again.
 func FuzzFiles(f *testing.F) {
-	whole := &Files{known: map[string]remembered{"a": {Size: 1}, "b\xff": {Ino: 2}}}
-	f.Add(whole.encode())
-	f.Add([]byte(filesMagic))
-	f.Fuzz(func(t *testing.T, b []byte) {
-		got := &Files{known: map[string]remembered{}}
-		if !got.decode(b) {
+	d := digest.FromString("")
+	whole := encodeFiles(map[string]remembered{"a": {Size: 1, Noted: 7, Digest: d}, "d/b\xff": {Ino: 2, Digest: d}, "d/c": {Digest: d}})
+	f.Add(whole[len(filesMagic)+sha256.Size:])
+	f.Add([]byte{})
+	f.Fuzz(func(t *testing.T, body []byte) {
+		sum := sha256.Sum256(body)
+		b := slices.Concat([]byte(filesMagic), sum[:], body)
+		old, _, err := readFiles(bytes.NewReader(b), int64(len(b)))
+		if err != nil {
 			return
 		}
-		again := &Files{known: map[string]remembered{}}
-		if !again.decode(got.encode()) || !maps.Equal(got.known, again.known) {
-			t.Errorf("decode(encode(x)) is not x for %q", b)
+		all, ordered := map[string]remembered{}, true
+		for dir, in := range old {
+			for i := range in.len() {
+				all[path.Join(dir, in.name(i))] = in.row(i)
+				ordered = ordered && (i == 0 || in.name(i-1) < in.name(i)) && in.name(i) != "" && !strings.Contains(in.name(i), "/")
+			}
+			ordered = ordered && dir == strings.TrimPrefix(path.Clean("/"+dir), "/")
+		}
+		if !ordered { // not what encodeFiles makes
+			return
+		}
+		again, _, err := readFiles(bytes.NewReader(encodeFiles(all)), 0)
+		if err != nil {
+			t.Fatalf("readFiles(encodeFiles(%v)): %v", all, err)
+		}
+		for name, want := range all {
+			dir, base := split(name)
+			if got, ok := again[dir].find(base); !ok || got != want {
+				t.Errorf("%q: got %v %t, want %v", name, got, ok, want)
+			}
 		}
 	})
+}
+
+// A file that another filo wrote is nothing, and no damage; one that is torn is told of.
+func TestFilesForms(t *testing.T) {
+	dir, now := t.TempDir(), time.Unix(1000, 0)
+	s, err := Open(dir, t.TempDir(), func() time.Time { return now })
+	if err != nil {
+		t.Fatal(err)
+	}
+	told := 0
+	s.Repaired = func(string) { told++ }
+	st, c := rootfs.Stat{Size: 3, Sec: 500, CSec: 500}, &content{b: []byte("abc")}
+	f := s.Files("/context")
+	if _, err := f.Digest("d/a", st, c.open); err != nil {
+		t.Fatal(err)
+	}
+	if err := f.Save(); err != nil {
+		t.Fatal(err)
+	}
+	whole, err := os.ReadFile(f.path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, x := range []struct {
+		name  string
+		b     []byte
+		known bool
+		told  int
+	}{
+		{"whole", whole, true, 0},
+		{"short", whole[:len(whole)-1], false, 1},
+		{"empty", nil, false, 1},
+		{"another form", append([]byte("filo files 1\n"), whole[len(filesMagic):]...), false, 0},
+	} {
+		if err := os.WriteFile(f.path, x.b, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		told = 0
+		if _, known := s.Files("/context").Known("d/a", st); known != x.known || told != x.told {
+			t.Errorf("%s: known %t and told %d times, want %t and %d", x.name, known, told, x.known, x.told)
+		}
+	}
+}
+
+// What is learned is added to what was remembered.
+func TestFilesSave(t *testing.T) {
+	now := time.Unix(1000, 0)
+	s, err := Open(t.TempDir(), t.TempDir(), func() time.Time { return now })
+	if err != nil {
+		t.Fatal(err)
+	}
+	names := []string{"a", "d/a", "d/b", "d/e/a", "d.e/a", "b"}
+	for i, name := range names {
+		f := s.Files("/context")
+		st, c := rootfs.Stat{Size: 3, Ino: uint64(i), Sec: 500, CSec: 500}, &content{b: []byte(name)}
+		if _, err := f.Digest(name, st, c.open); err != nil {
+			t.Fatal(err)
+		}
+		if err := f.Save(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	f := s.Files("/context")
+	for i, name := range names {
+		st := rootfs.Stat{Size: 3, Ino: uint64(i), Sec: 500, CSec: 500}
+		if d, ok := f.Known(name, st); !ok || d != digest.FromString(name) {
+			t.Errorf("Known(%s) = %s, %t", name, d, ok)
+		}
+	}
+	if _, ok := f.Known("d", rootfs.Stat{}); ok {
+		t.Error("a directory has a digest")
+	}
 }
 
 // A clock that was set back says nothing of what came first.

@@ -2,8 +2,8 @@ package source
 
 import (
 	"errors"
-	"fmt"
 	"io/fs"
+	"iter"
 	"os"
 	"path"
 	"strings"
@@ -145,47 +145,108 @@ func (d *dirFS) ReadLink(name string) (string, error) {
 
 // ReadDir lists the directory name in the order of names. Entries know their type; their Info looks at the file.
 func (d *dirFS) ReadDir(name string) ([]fs.DirEntry, error) {
-	if err := check("readdir", name); err != nil {
-		return nil, err
+	var entries []fs.DirEntry
+	err := d.list("readdir", name, func(listed []rootfs.Listed, _ *handle) error {
+		entries = make([]fs.DirEntry, 0, len(listed))
+		made := make([]dirEntry, 0, len(listed))
+		for p, l := range at(name, listed) {
+			made = append(made, dirEntry{Listed: l, fs: d, path: p})
+			entries = append(entries, &made[len(made)-1])
+		}
+		return nil
+	})
+	return entries, err
+}
+
+// List is what the function [List] calls.
+func (d *dirFS) List(name string, visit Visit) error {
+	return d.list("list", name, func(listed []rootfs.Listed, dir *handle) error {
+		e := openEntry{as: d.as, dir: dir}
+		for e.path, e.Listed = range at(name, listed) {
+			if err := visit(e.path, &e); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+}
+
+// list opens the directory name and gives use what is in it.
+func (d *dirFS) list(op, name string, use func(listed []rootfs.Listed, dir *handle) error) error {
+	if err := check(op, name); err != nil {
+		return err
 	}
 	dir, done, err := d.dir(name)
 	if err != nil {
-		return nil, pathError("readdir", name, err)
+		return pathError(op, name, err)
 	}
 	defer done()
-	// Through /proc, since rootfs has no listing with types; "." makes a full path of the few names that
-	// os.File has to lstat where the file system keeps no types in its directories.
-	f, err := os.Open(fmt.Sprintf("/proc/self/fd/%d/.", dir.Fd()))
+	listed, err := dir.List()
 	if err != nil {
-		return nil, pathError("readdir", name, err)
+		return pathError(op, name, err)
 	}
-	defer f.Close()
-	raw, err := f.ReadDir(-1)
-	if err != nil {
-		return nil, pathError("readdir", name, err)
+	return use(listed, dir)
+}
+
+// at returns what is listed of the directory dir with where in the file system it is: parts of one string.
+func at(dir string, listed []rootfs.Listed) iter.Seq2[string, rootfs.Listed] {
+	if dir == "." {
+		dir = ""
+	} else {
+		dir += "/"
 	}
-	sortEntries(raw)
-	entries, made := make([]fs.DirEntry, len(raw)), make([]dirEntry, len(raw))
-	for i, e := range raw {
-		made[i] = dirEntry{fs: d, dir: name, name: e.Name(), mode: e.Type()}
-		entries[i] = &made[i]
+	size := 0
+	for _, l := range listed {
+		size += len(dir) + len(l.Name)
 	}
-	return entries, nil
+	var b strings.Builder
+	b.Grow(size)
+	for _, l := range listed {
+		b.WriteString(dir)
+		b.WriteString(l.Name)
+	}
+	return func(yield func(string, rootfs.Listed) bool) {
+		paths := b.String()
+		for _, l := range listed {
+			n := len(dir) + len(l.Name)
+			if !yield(paths[:n], l) {
+				return
+			}
+			paths = paths[n:]
+		}
+	}
 }
 
 // dirEntry is an entry whose stat is not known yet.
 type dirEntry struct {
+	rootfs.Listed
 	fs   *dirFS
-	dir  string
-	name string
-	mode fs.FileMode
+	path string
 }
 
-func (e *dirEntry) Name() string               { return e.name }
-func (e *dirEntry) IsDir() bool                { return e.mode.IsDir() }
-func (e *dirEntry) Type() fs.FileMode          { return e.mode }
-func (e *dirEntry) Info() (fs.FileInfo, error) { return e.fs.Lstat(path.Join(e.dir, e.name)) }
+func (e *dirEntry) Name() string               { return e.Listed.Name }
+func (e *dirEntry) IsDir() bool                { return e.Listed.Type == modeDir }
+func (e *dirEntry) Type() fs.FileMode          { return rootfs.Stat{Mode: e.Listed.Type}.FileMode() }
+func (e *dirEntry) Info() (fs.FileInfo, error) { return e.fs.Lstat(e.path) }
 func (e *dirEntry) String() string             { return fs.FormatDirEntry(e) }
+
+// openEntry is an entry of a directory that is open, one after the other.
+type openEntry struct {
+	dirEntry
+	as   func(rootfs.Stat) rootfs.Stat
+	dir  *handle
+	info info
+}
+
+// Info looks at the file. What it returns is good until the next entry.
+func (e *openEntry) Info() (fs.FileInfo, error) {
+	st, err := e.dir.Lstat(e.Name())
+	if err != nil {
+		return nil, pathError("lstat", e.path, err)
+	}
+	e.info = info{name: e.Name(), stat: e.as(st)}
+	return &e.info, nil
+}
 
 // parent opens the directory of p. done gives it back.
 func (d *dirFS) parent(p string) (dir *handle, base string, done func(), err error) {

@@ -8,6 +8,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"testing/fstest"
@@ -124,6 +125,44 @@ func TestDirSeesChanges(t *testing.T) {
 	}
 }
 
+func TestList(t *testing.T) {
+	dir := t.TempDir()
+	files := map[string]string{"b": "1", "a/x": "22", "a.b": "", "a/y/z": "", "l": "-> a", "dl": "-> /nowhere", "caf\xe9 \n*": "odd", "empty/": ""}
+	for i := range 3000 { // more than one call of the kernel gives
+		files[fmt.Sprintf("many/a file with a longer name, number %d", i)] = ""
+	}
+	write(t, dir, files)
+	d := openDirTest(t, dir)
+	if got := names(t, d); !strings.HasPrefix(got, "a/ a/x a/y/ a/y/z a.b b caf\xe9 \n* dl empty/ l many/") || strings.Count(got, " number ") != 3000 {
+		t.Errorf("names: %q", got)
+	}
+	if got := listAll(t, d, "l"); !slices.Equal(got, []string{"l/x", "l/y/", "l/y/z"}) {
+		t.Errorf("List of a link shows %q", got)
+	}
+	if got := listAll(t, ignored(t, d, "a/x"), "l"); !slices.Equal(got, []string{"l/y/", "l/y/z"}) {
+		t.Errorf("List of a link, ignored, shows %q", got)
+	}
+	stop := errors.New("stop")
+	if err := List(d, ".", func(string, fs.DirEntry) error { return stop }); err != stop {
+		t.Errorf("List = %v, want the error of visit", err)
+	}
+	err := List(d, ".", func(p string, e fs.DirEntry) error {
+		if p == "a" {
+			must(t, os.Remove(filepath.Join(dir, "b")))
+		}
+		_, err := e.Info()
+		return err
+	})
+	if !errors.Is(err, fs.ErrNotExist) || !strings.Contains(err.Error(), "lstat b:") {
+		t.Errorf("Info of a file that is gone = %v", err)
+	}
+	for _, name := range []string{"b", "caf\xe9 \n*", "nothing", "dl", "../x", ""} {
+		if err := List(d, name, func(string, fs.DirEntry) error { return nil }); err == nil {
+			t.Errorf("List(%q) is no error", name)
+		}
+	}
+}
+
 // TestDirManyAtOnce reads more directories at once than are kept open.
 func TestDirManyAtOnce(t *testing.T) {
 	dir := t.TempDir()
@@ -184,15 +223,23 @@ func benchTree(b *testing.B, n int) string {
 	return dir
 }
 
-func walkAll(b *testing.B, fsys fs.FS) (n int) {
-	err := fs.WalkDir(fsys, ".", func(p string, e fs.DirEntry, err error) error {
-		if err == nil && !e.IsDir() {
-			n++
-			_, err = fs.Lstat(fsys, p)
+// walkAll looks at each file below dir as builds do.
+func walkAll(b *testing.B, fsys fs.FS, dir string) (n int) {
+	var dirs []string
+	must(b, List(fsys, dir, func(p string, e fs.DirEntry) error {
+		if _, err := e.Info(); err != nil {
+			return err
 		}
-		return err
-	})
-	must(b, err)
+		if e.IsDir() {
+			dirs = append(dirs, p)
+		} else {
+			n++
+		}
+		return nil
+	}))
+	for _, p := range dirs {
+		n += walkAll(b, fsys, p)
+	}
 	return n
 }
 
@@ -201,7 +248,7 @@ func BenchmarkWalk(b *testing.B) {
 	for b.Loop() {
 		d, err := openDirFS(dir, rootOwned)
 		must(b, err)
-		if n := walkAll(b, d); n != 30000 {
+		if n := walkAll(b, d, "."); n != 30000 {
 			b.Fatal(n)
 		}
 		d.Close()
@@ -216,7 +263,7 @@ func BenchmarkWalkIgnored(b *testing.B) {
 		must(b, err)
 		fsys, err := Ignore(d, patterns)
 		must(b, err)
-		if n := walkAll(b, fsys); n != 30000 {
+		if n := walkAll(b, fsys, "."); n != 30000 {
 			b.Fatal(n)
 		}
 		d.Close()

@@ -141,6 +141,38 @@ func (d *openDir) ReadDir(n int) ([]fs.DirEntry, error) {
 	return out, nil
 }
 
+// Visit is called with what is in a directory: its path in the file system and its entry, whose Info does not follow
+// links. The entry and its Info are good until Visit returns, so that listing a directory makes nothing for each file.
+type Visit func(path string, e fs.DirEntry) error
+
+// List calls visit for what is in the directory name of fsys, in the order of names. The error of visit ends it and is
+// returned.
+func List(fsys fs.FS, name string, visit Visit) error {
+	if l, ok := fsys.(interface{ List(string, Visit) error }); ok {
+		return l.List(name, visit)
+	}
+	entries, err := fs.ReadDir(fsys, name)
+	if err != nil {
+		return err
+	}
+	for _, e := range entries {
+		p := path.Join(name, e.Name())
+		if err := visit(p, lookedUp{e, fsys, p}); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// lookedUp is an entry whose Info is that of its file system's Lstat.
+type lookedUp struct {
+	fs.DirEntry
+	fs   fs.FS
+	path string
+}
+
+func (e lookedUp) Info() (fs.FileInfo, error) { return fs.Lstat(e.fs, e.path) }
+
 func sortEntries(entries []fs.DirEntry) {
 	slices.SortFunc(entries, func(a, b fs.DirEntry) int { return strings.Compare(a.Name(), b.Name()) })
 }

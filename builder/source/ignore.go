@@ -152,6 +152,33 @@ func (i *ignoreFS) ReadDir(name string) ([]fs.DirEntry, error) {
 	return seen, nil
 }
 
+// List is what the function [List] calls.
+func (i *ignoreFS) List(name string, visit Visit) error {
+	if err := check("list", name); err != nil {
+		return err
+	}
+	real, err := i.resolve(name, true)
+	if err != nil {
+		return pathError("list", name, err)
+	}
+	return List(i.fs, real, func(p string, e fs.DirEntry) error {
+		if ok, err := i.shown(p, e.IsDir()); err != nil || !ok {
+			return err
+		}
+		if name != real {
+			p = path.Join(name, e.Name())
+		}
+		return visit(p, e)
+	})
+}
+
+// shown is visible for those who do not hold the lock.
+func (i *ignoreFS) shown(real string, isDir bool) (bool, error) {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	return i.visible(real, isDir)
+}
+
 // find returns the visible file name, links not followed in its last part, with its name free of links.
 func (i *ignoreFS) find(name string) (string, fs.FileInfo, error) {
 	real, err := i.resolve(name, false)

@@ -6,7 +6,10 @@ import (
 	"io"
 	"io/fs"
 	"os"
+	"path"
 	"path/filepath"
+	"reflect"
+	"slices"
 	"strings"
 	"testing"
 
@@ -70,7 +73,38 @@ func names(t testing.TB, fsys fs.FS) string {
 		return err
 	})
 	must(t, err)
+	if got := listAll(t, fsys, "."); !slices.Equal(got, out) {
+		t.Errorf("List shows %q, a walk %q", got, out)
+	}
 	return strings.Join(out, " ")
+}
+
+// listAll lists all below dir by List, in the form of names, and checks each Info.
+func listAll(t testing.TB, fsys fs.FS, dir string) (out []string) {
+	t.Helper()
+	var names []string
+	must(t, List(fsys, dir, func(p string, e fs.DirEntry) error {
+		fi, err := e.Info()
+		if err != nil {
+			return err
+		}
+		want, err := fs.Lstat(fsys, p)
+		if err == nil && (fs.FormatFileInfo(fi) != fs.FormatFileInfo(want) || !reflect.DeepEqual(fi.Sys(), want.Sys()) || path.Base(p) != e.Name()) {
+			t.Errorf("List(%q): %s is %v %+v, want %v %+v", dir, p, fi, fi.Sys(), want, want.Sys())
+		}
+		if e.IsDir() {
+			p += "/"
+		}
+		names = append(names, p)
+		return err
+	}))
+	for _, p := range names {
+		out = append(out, p)
+		if sub, ok := strings.CutSuffix(p, "/"); ok {
+			out = append(out, listAll(t, fsys, sub)...)
+		}
+	}
+	return out
 }
 
 func statOf(t testing.TB, fsys fs.FS, name string) rootfs.Stat {

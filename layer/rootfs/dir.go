@@ -1,11 +1,14 @@
 package rootfs
 
 import (
+	"encoding/binary"
 	"errors"
 	"io/fs"
 	"os"
 	"path"
+	"slices"
 	"strings"
+	"sync"
 
 	"golang.org/x/sys/unix"
 )
@@ -81,13 +84,87 @@ func (d *Dir) Names() ([]string, error) {
 	return f.Readdirnames(-1)
 }
 
+// Listed is a name in a directory.
+type Listed struct {
+	Name string
+	Type uint32 // of the file, as in [Stat.Mode]: S_IFMT
+}
+
+// listBuffers hold the kernel's records while List reads them.
+var listBuffers = sync.Pool{New: func() any { return new([64 << 10]byte) }}
+
+// List returns what is in the directory, in the order of names.
+func (d *Dir) List() ([]Listed, error) {
+	fd, err := openat(d.fd, ".", unix.O_RDONLY|unix.O_DIRECTORY, 0)
+	if err != nil {
+		return nil, d.error("open", ".", err)
+	}
+	defer unix.Close(fd)
+	buf := listBuffers.Get().(*[64 << 10]byte)
+	defer listBuffers.Put(buf)
+	var list []Listed
+	for {
+		n, err := unix.Getdents(fd, buf[:])
+		switch {
+		case err == unix.EINTR:
+			continue
+		case err != nil:
+			return nil, d.error("readdir", ".", err)
+		case n == 0:
+			slices.SortFunc(list, func(a, b Listed) int { return strings.Compare(a.Name, b.Name) })
+			return list, nil
+		}
+		const usual = 32 // bytes of a record, to guess how many there are
+		list = slices.Grow(list, n/usual)
+		for records := string(buf[:n]); records != ""; { // names are parts of it
+			var l Listed
+			l, records = nextListed(records)
+			if list, err = d.appendListed(list, l); err != nil {
+				return nil, err
+			}
+		}
+	}
+}
+
+// nextListed takes the first record off those of getdents64(2): inode and offset of 8 bytes each, the record's length of
+// 2, the type, the name with a NUL at its end.
+func nextListed(records string) (Listed, string) {
+	const length, kind, name = 16, 18, 19
+	n := binary.NativeEndian.Uint16([]byte(records[length:kind]))
+	l := Listed{Type: uint32(records[kind]) << 12} // DT_REG and its like are the types of st_mode, shifted
+	l.Name, _, _ = strings.Cut(records[name:n], "\x00")
+	return l, records[n:]
+}
+
+// appendListed appends l, unless it is the directory itself or the one above. Some file systems keep no types in their
+// directories.
+func (d *Dir) appendListed(list []Listed, l Listed) ([]Listed, error) {
+	if l.Name == "." || l.Name == ".." {
+		return list, nil
+	}
+	if l.Type == unix.DT_UNKNOWN {
+		st, err := d.Lstat(l.Name)
+		if errors.Is(err, unix.ENOENT) {
+			return list, nil // gone meanwhile
+		}
+		if err != nil {
+			return nil, err
+		}
+		l.Type = st.Mode & unix.S_IFMT
+	}
+	return append(list, l), nil
+}
+
 // Lstat returns what name is.
 func (d *Dir) Lstat(name string) (Stat, error) {
 	if err := d.check("lstat", name, true); err != nil {
 		return Stat{}, err
 	}
 	var st unix.Stat_t
-	err := retry(func() error { return unix.Fstatat(d.fd, name, &st, unix.AT_SYMLINK_NOFOLLOW) })
+	err := unix.Fstatat(d.fd, name, &st, unix.AT_SYMLINK_NOFOLLOW)
+	for err == unix.EINTR { // not by retry, whose closure would put st on the heap: this runs for each file of a context
+		err = unix.Fstatat(d.fd, name, &st, unix.AT_SYMLINK_NOFOLLOW)
+	}
 	if err != nil {
 		return Stat{}, d.error("lstat", name, err)
 	}

@@ -6,6 +6,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync/atomic"
 	"testing"
 
@@ -140,6 +141,23 @@ func TestDirRefusesPaths(t *testing.T) {
 			if !errors.Is(err, unix.EINVAL) {
 				t.Errorf("%s(%q): %v, want EINVAL", call, name, err)
 			}
+		}
+	}
+}
+
+func TestList(t *testing.T) {
+	r, _, outside := trap(t)
+	must(t, r.Mkdir("d", 0o755))
+	must(t, r.Symlink(outside, "out"))
+	must(t, r.Mknod("fifo", unix.S_IFIFO|0o600, 0, 0))
+	must(t, r.Mknod("a\n\xff", unix.S_IFREG|0o600, 0, 0))
+	d, err := r.Dir(".")
+	must(t, err)
+	defer d.Close()
+	want := []Listed{{"a\n\xff", unix.S_IFREG}, {"d", unix.S_IFDIR}, {"fifo", unix.S_IFIFO}, {"out", unix.S_IFLNK}}
+	for range 2 { // each call starts from the beginning
+		if got, err := d.List(); err != nil || !slices.Equal(got, want) {
+			t.Errorf("List = %+v, %v, want %+v", got, err, want)
 		}
 	}
 }
