@@ -15,6 +15,7 @@ import (
 	"sort"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/opencontainers/go-digest"
@@ -42,7 +43,7 @@ const filesMagic = "filo files 2\n"
 type Files struct {
 	s     *Store
 	path  string
-	old   map[string]folder // what was remembered before, by path of the directory; it does not change
+	old   map[string]*folder // what was remembered before, by path of the directory; it does not change
 	mu    sync.Mutex
 	fresh map[string]remembered // what was learned since, by path of the file
 }
@@ -154,7 +155,10 @@ func (f *Files) Save() error {
 }
 
 // folder is what is remembered of a directory, as it is in the file.
-type folder struct{ rows, names string }
+type folder struct {
+	rows, names string
+	next        atomic.Int32 // the row after the one found last: files are mostly asked for in their order
+}
 
 // A row is where its name ends, counted from the first, in 4 bytes, what was seen in 8 each, and the digest.
 const (
@@ -163,19 +167,19 @@ const (
 	rowSize   = rowDigest + len("sha256:") + 2*sha256.Size
 )
 
-func (d folder) len() int { return len(d.rows) / rowSize }
+func (d *folder) len() int { return len(d.rows) / rowSize }
 
 // end is where the i-th name ends; the first one begins where that of -1 ends.
-func (d folder) end(i int) int {
+func (d *folder) end(i int) int {
 	if i < 0 {
 		return 0
 	}
 	return int(binary.LittleEndian.Uint32([]byte(d.rows[i*rowSize:][:rowSeen])))
 }
 
-func (d folder) name(i int) string { return d.names[d.end(i-1):d.end(i)] }
+func (d *folder) name(i int) string { return d.names[d.end(i-1):d.end(i)] }
 
-func (d folder) row(i int) (r remembered) {
+func (d *folder) row(i int) (r remembered) {
 	row := d.rows[i*rowSize:][:rowSize]
 	for i, field := range r.numbers() {
 		*field = int64(binary.LittleEndian.Uint64([]byte(row[rowSeen+8*i:][:8])))
@@ -189,12 +193,19 @@ func (r *remembered) numbers() [6]*int64 {
 	return [...]*int64{&r.Size, &r.Dev, &r.Ino, &r.Mtime, &r.Ctime, &r.Noted}
 }
 
-// find returns what is remembered of the file name.
-func (d folder) find(name string) (remembered, bool) {
-	i, ok := sort.Find(d.len(), func(i int) int { return strings.Compare(name, d.name(i)) })
-	if !ok {
+// find returns what is remembered of the file name. Of no folder that is nothing.
+func (d *folder) find(name string) (remembered, bool) {
+	if d == nil {
 		return remembered{}, false
 	}
+	i := int(d.next.Load())
+	if i >= d.len() || d.name(i) != name {
+		var ok bool
+		if i, ok = sort.Find(d.len(), func(i int) int { return strings.Compare(name, d.name(i)) }); !ok {
+			return remembered{}, false
+		}
+	}
+	d.next.Store(int32(i) + 1)
 	return d.row(i), true
 }
 
@@ -246,7 +257,7 @@ var (
 
 // readFiles reads size bytes that encodeFiles made, and when the last digest was noted. All strings that it returns are
 // parts of one.
-func readFiles(r io.Reader, size int64) (old map[string]folder, noted int64, err error) {
+func readFiles(r io.Reader, size int64) (old map[string]*folder, noted int64, err error) {
 	const start = len(filesMagic) + sha256.Size
 	head := make([]byte, start)
 	if _, err := io.ReadFull(r, head); err != nil {
@@ -266,11 +277,11 @@ func readFiles(r io.Reader, size int64) (old map[string]folder, noted int64, err
 	}
 	p := parser{text: b.String()}
 	noted = int64(p.uint64())
-	old = map[string]folder{}
+	old = map[string]*folder{}
 	for p.text != "" && !p.torn {
 		dir := p.take(p.uvarint())
 		n, names := p.uvarint(), p.uvarint()
-		old[dir] = folder{rows: p.take(n * rowSize), names: p.take(names)}
+		old[dir] = &folder{rows: p.take(n * rowSize), names: p.take(names)}
 		p.torn = p.torn || !old[dir].whole()
 	}
 	if p.torn {
@@ -280,7 +291,7 @@ func readFiles(r io.Reader, size int64) (old map[string]folder, noted int64, err
 }
 
 // whole reports whether each name ends where the next one may begin.
-func (d folder) whole() bool {
+func (d *folder) whole() bool {
 	for i := range d.len() {
 		if end := d.end(i); end < d.end(i-1) || end > len(d.names) {
 			return false
