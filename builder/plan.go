@@ -1,7 +1,6 @@
 package builder
 
 import (
-	"errors"
 	"fmt"
 	"io"
 	"io/fs"
@@ -298,21 +297,11 @@ func link(nodes []*node) []*node {
 
 // write writes what the plan changes to w.
 func (p *plan) write(w *layer.Writer) error {
-	for _, n := range p.entries() {
-		if err := n.write(w); err != nil {
-			return fmt.Errorf("/%s: %w", n.Path, err)
+	return w.AddAll(func(yield func(layer.File) bool) {
+		for _, n := range p.entries() {
+			if !yield(layer.File{Entry: n.Entry, Open: n.open}) {
+				return
+			}
 		}
-	}
-	return nil
-}
-
-func (n *node) write(w *layer.Writer) error {
-	if n.Type != layer.Regular || n.Size == 0 {
-		return w.Add(n.Entry, strings.NewReader(""))
-	}
-	r, err := n.open()
-	if err != nil {
-		return err
-	}
-	return errors.Join(w.Add(n.Entry, r), r.Close())
+	})
 }

@@ -19,9 +19,9 @@
 // It never mounts, runs nothing, speaks to no network (a promised blob comes
 // from the caller's function) and knows neither Dockerfiles nor cache keys.
 //
-// Start at [Open]. writer.go makes layers, unpack.go reads foreign ones, blob.go holds the compressed side (estargz.go
-// the seekable one), tree.go the unpacked one, index.go the entry list, view.go stacks indexes, overlay.go and snapshot.go
-// serve RUN, storage.go does so without overlays, names.go keeps index.json, repair.go and
+// Start at [Open]. writer.go makes layers (ahead.go reads for it), unpack.go reads foreign ones, blob.go holds the
+// compressed side (estargz.go the seekable one), tree.go the unpacked one, index.go the entry list, view.go stacks indexes,
+// overlay.go and snapshot.go serve RUN, storage.go does so without overlays, names.go keeps index.json, repair.go and
 // parity.go bring back what was damaged, prune.go throws away.
 package layer
 

@@ -3,6 +3,8 @@ package layer
 import (
 	"context"
 	"fmt"
+	"io"
+	"iter"
 	"path"
 	"slices"
 	"strings"
@@ -132,10 +134,23 @@ func mark(n *node) bool {
 
 // each visits n and everything in it in canonical order.
 func (n *node) each(visit func(*node)) {
-	visit(n)
-	for _, c := range n.children {
-		c.each(visit)
+	n.until(func(n *node) bool {
+		visit(n)
+		return true
+	})
+}
+
+// until is each that ends when visit returns false, and so does until.
+func (n *node) until(visit func(*node) bool) bool {
+	if !visit(n) {
+		return false
 	}
+	for _, c := range n.children {
+		if !c.until(visit) {
+			return false
+		}
+	}
+	return true
 }
 
 // record writes the marked nodes as a layer and trims the upper to be its tree.
@@ -144,7 +159,7 @@ func (s *Store) record(w *walker, top *node, upper string, sinks Sinks) (Layer, 
 	if err != nil {
 		return Layer{}, err
 	}
-	if err := w.add(top, writer); err != nil {
+	if err := writer.AddAll(w.emitted(top)); err != nil {
 		writer.Abort()
 		return Layer{}, err
 	}
@@ -162,22 +177,13 @@ func (s *Store) record(w *walker, top *node, upper string, sinks Sinks) (Layer, 
 	return writer.Close()
 }
 
-// add writes n and what is in it.
-func (w *walker) add(n *node, writer *Writer) error {
-	if err := w.ctx.Err(); err != nil {
-		return context.Cause(w.ctx)
+// emitted are the entries of the layer, with their content.
+func (w *walker) emitted(top *node) iter.Seq[File] {
+	return func(yield func(File) bool) {
+		top.until(func(n *node) bool {
+			return !n.emit || yield(File{Entry: n.Entry, Open: func() (io.ReadCloser, error) { return w.open(n) }})
+		})
 	}
-	if n.emit {
-		if err := w.addOne(n, writer); err != nil {
-			return err
-		}
-	}
-	for _, c := range n.children {
-		if err := w.add(c, writer); err != nil {
-			return err
-		}
-	}
-	return nil
 }
 
 func (w *walker) addOne(n *node, writer *Writer) error {

@@ -471,7 +471,7 @@ func (s *Store) recordMerged(w *walker, top *node, sinks Sinks) (Layer, error) {
 		return Layer{}, err
 	}
 	defer writer.Abort()
-	if err := w.add(top, writer); err != nil {
+	if err := writer.AddAll(w.emitted(top)); err != nil {
 		return Layer{}, err
 	}
 	return writer.Close()

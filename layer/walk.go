@@ -7,12 +7,11 @@ import (
 	"fmt"
 	"io"
 	"maps"
-	"os"
 	"path"
 	"runtime"
-	"slices"
 	"strings"
 	"sync"
+	"unsafe"
 
 	"github.com/opencontainers/go-digest"
 	"golang.org/x/sync/errgroup"
@@ -97,13 +96,13 @@ func (w *walker) dir(d *rootfs.Dir, n *node) error {
 	if err := w.ctx.Err(); err != nil {
 		return context.Cause(w.ctx)
 	}
-	names, err := d.Names()
+	list, err := d.List()
 	if err != nil {
 		return err
 	}
-	slices.Sort(names)
-	n.children = make([]*node, 0, len(names))
-	for _, name := range names {
+	n.children = make([]*node, 0, len(list))
+	for _, l := range list {
+		name := l.Name
 		c, err := w.file(d, name, path.Join(n.Path, name))
 		if err != nil {
 			return err
@@ -172,6 +171,9 @@ const opaqueXattr = overlayXattrs + "opaque"
 // xattrs reads the extended attributes of a file or directory; nothing else can have those
 // that layers carry.
 func (w *walker) xattrs(d *rootfs.Dir, name string, n *node) error {
+	if !mayHaveXattrs(d, name) {
+		return nil
+	}
 	attrs, err := d.Xattrs(name, func(key string) bool {
 		return key == opaqueXattr || layerXattr(key)
 	})
@@ -186,6 +188,17 @@ func (w *walker) xattrs(d *rootfs.Dir, name string, n *node) error {
 		n.Xattrs = attrs
 	}
 	return nil
+}
+
+// mayHaveXattrs asks by listxattrat (Linux 6.13) if name has extended attributes at all. Most files have none, and to find
+// that out by a path through /proc, as [rootfs.Dir.Xattrs] must, takes as long as all else about a file.
+func mayHaveXattrs(d *rootfs.Dir, name string) bool {
+	p, err := unix.BytePtrFromString(name)
+	if err != nil {
+		return true
+	}
+	n, _, errno := unix.Syscall6(unix.SYS_LISTXATTRAT, uintptr(d.Fd()), uintptr(unsafe.Pointer(p)), unix.AT_SYMLINK_NOFOLLOW, 0, 0, 0)
+	return errno != 0 || n > 0
 }
 
 // layerXattr says whether layers carry the attribute.
@@ -256,6 +269,4 @@ func (w *walker) untouched(n *node) bool {
 	return !ok || nsec == n.nsec
 }
 
-func (w *walker) open(n *node) (*os.File, error) {
-	return w.root.OpenFile(n.Path, os.O_RDONLY|unix.O_NOFOLLOW, 0)
-}
+func (w *walker) open(n *node) (io.ReadCloser, error) { return w.root.Read(n.Path) }

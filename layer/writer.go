@@ -186,11 +186,10 @@ func (w *Writer) copy(e Entry, content io.Reader) (digest.Digest, error) {
 		}
 		defer file.close()
 	}
-	w.file.Reset()
-	if err := w.stream(e.Size, content, file); err != nil {
+	sum, err := w.stream(e.Size, content, file)
+	if err != nil {
 		return "", err
 	}
-	sum := digest.NewDigest(digest.SHA256, w.file)
 	if e.Digest != "" && e.Digest != sum {
 		return "", fmt.Errorf("%w: digest is %s, not %s", ErrChanged, sum, e.Digest)
 	}
@@ -202,37 +201,44 @@ func (w *Writer) copy(e Entry, content io.Reader) (digest.Digest, error) {
 
 const copyBuffer = 256 << 10
 
-func (w *Writer) stream(size int64, content io.Reader, file *treeFile) error {
+// stream sends size bytes of content to the tar and to file, and returns their digest.
+func (w *Writer) stream(size int64, content io.Reader, file *treeFile) (digest.Digest, error) {
+	if r, ok := content.(*ready); ok {
+		return r.sum, w.emit(r.data, file)
+	}
 	if w.buf == nil {
 		w.buf = make([]byte, copyBuffer)
 	}
+	w.file.Reset()
 	for left := size; left > 0; {
 		n, err := 0, io.EOF
 		if content != nil {
 			n, err = io.ReadFull(content, w.buf[:min(left, copyBuffer)])
 		}
 		if err == io.EOF || err == io.ErrUnexpectedEOF {
-			return fmt.Errorf("%w: %d bytes shorter than %d", ErrChanged, left-int64(n), size)
+			return "", fmt.Errorf("%w: %d bytes shorter than %d", ErrChanged, left-int64(n), size)
 		}
 		if err == nil {
 			err = w.ctx.Err()
 		}
+		if err == nil {
+			w.file.Write(w.buf[:n])
+			err = w.emit(w.buf[:n], file)
+		}
 		if err != nil {
-			return err
-		}
-		b := w.buf[:n]
-		w.file.Write(b)
-		if _, err := w.tar.Write(b); err != nil {
-			return err
-		}
-		if file != nil {
-			if err := file.write(b); err != nil {
-				return err
-			}
+			return "", err
 		}
 		left -= int64(n)
 	}
-	return atEnd(content, size)
+	return digest.NewDigest(digest.SHA256, w.file), atEnd(content, size)
+}
+
+// emit sends bytes of a file to the tar and the tree.
+func (w *Writer) emit(b []byte, file *treeFile) error {
+	if _, err := w.tar.Write(b); err != nil || file == nil {
+		return err
+	}
+	return file.write(b)
 }
 
 func atEnd(content io.Reader, size int64) error {
