@@ -125,8 +125,9 @@ func (f *Files) Digest(path string, st rootfs.Stat, open func() (io.ReadCloser, 
 	if err != nil {
 		return "", err
 	}
-	h := sha256.New()
-	_, err = io.Copy(h, r)
+	h, buf := sha256.New(), hashBuffers.Get().(*[64 << 10]byte)
+	defer hashBuffers.Put(buf)
+	_, err = io.CopyBuffer(h, struct{ io.Reader }{r}, buf[:]) // a WriteTo of r would make a buffer for each file
 	if err := errors.Join(err, r.Close()); err != nil {
 		return "", err
 	}
@@ -136,6 +137,8 @@ func (f *Files) Digest(path string, st rootfs.Stat, open func() (io.ReadCloser, 
 	f.mu.Unlock()
 	return now.Digest, nil
 }
+
+var hashBuffers = sync.Pool{New: func() any { return new([64 << 10]byte) }}
 
 // Save writes what was learned since Files. Of two processes that save at once the later one wins.
 func (f *Files) Save() error {
