@@ -6,6 +6,7 @@ import (
 	"io"
 	"io/fs"
 	"path"
+	"slices"
 	"strings"
 	"sync"
 
@@ -35,6 +36,7 @@ func Ignore(fsys fs.FS, patterns []string) (fs.FS, error) {
 	}
 	i := &ignoreFS{fs: fsys, matcher: m, dirs: map[string]*verdicts{".": {name: ".", files: map[string]bool{}}}}
 	for _, p := range m.Patterns() {
+		i.marks = append(i.marks, markOf(p.String()))
 		if p.Exclusion() {
 			i.except(p.String())
 		}
@@ -47,6 +49,7 @@ type ignoreFS struct {
 	fs         fs.FS
 	exceptions []string // names, each with "/" at its end, that are included again with all below them
 	anywhere   bool     // exceptions have wildcards: nothing can be told from names
+	marks      []mark   // one for each pattern
 
 	mu      sync.Mutex // for all below; a matcher is not safe for concurrent use
 	matcher *patternmatcher.PatternMatcher
@@ -70,6 +73,32 @@ func (i *ignoreFS) except(pattern string) {
 		i.anywhere = true
 	}
 	i.exceptions = append(i.exceptions, p+"/")
+}
+
+// mark is what a path must begin and end with for a pattern to match it. To look for these takes nothing compared to
+// asking the pattern, which mostly is a regular expression, about each file.
+type mark struct{ head, tail string }
+
+// markOf returns the mark of a pattern: what is before its first and behind its last wildcard. Where the pattern has
+// anything that means more than itself in patterns or regular expressions, any path may match. "a/**" may match "a", and
+// "**/a" does.
+func markOf(pattern string) mark {
+	simple := func(r rune) bool {
+		return r >= 'a' && r <= 'z' || r >= 'A' && r <= 'Z' || r >= '0' && r <= '9' || strings.ContainsRune("._-/ *?", r)
+	}
+	if strings.ContainsFunc(pattern, func(r rune) bool { return !simple(r) }) {
+		return mark{}
+	}
+	first, last := strings.IndexAny(pattern, "*?"), strings.LastIndexAny(pattern, "*?")
+	if first < 0 {
+		return mark{pattern, pattern}
+	}
+	return mark{strings.TrimSuffix(pattern[:first], "/"), strings.TrimPrefix(pattern[last+1:], "/")}
+}
+
+// mayMatch reports whether a pattern may match the path p itself, not only a directory above it.
+func (i *ignoreFS) mayMatch(p string) bool {
+	return slices.ContainsFunc(i.marks, func(m mark) bool { return strings.HasPrefix(p, m.head) && strings.HasSuffix(p, m.tail) })
 }
 
 // Open opens the regular file or directory name, links followed.
@@ -273,6 +302,9 @@ func (i *ignoreFS) visible(real string, isDir bool) (bool, error) {
 	v, err := i.dir(path.Dir(real))
 	if err != nil {
 		return false, err
+	}
+	if !i.mayMatch(real) {
+		return !v.excluded, nil
 	}
 	base := path.Base(real)
 	excluded, ok := v.files[base]

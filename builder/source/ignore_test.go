@@ -133,6 +133,9 @@ func FuzzIgnore(f *testing.F) {
 	for _, s := range []string{"*\n!a", "a/*\n!a/b", "**/c\n!a/b/**", "!a\na/b", "a/b\n!a", "[a-b]\n!b/[", "a?\n\\*", "**\n!**/d", "a\n!a/b\na/b/c\n!*/b/c/d"} {
 		f.Add(s)
 	}
+	for _, s := range []string{"a/**", "**/d", "a/*/c\n!**/d", "*b*", "?", "a*", "**b", "a/b/**/d", "ab+/c", "a|b", "a{0}b*", "[a]*", "a.b\n!*.b", "*/"} {
+		f.Add(s)
+	}
 	files := mapFS("a/b/c/d a/b/d a/c b/a/b b/c d c/ ab/c a.b/d a/l->../b")
 	f.Fuzz(func(t *testing.T, file string) {
 		patterns, err := ReadIgnore(strings.NewReader(file))
