@@ -179,23 +179,16 @@ func (s *Store) record(w *walker, top *node, upper string, sinks Sinks) (Layer, 
 
 // emitted are the entries of the layer, with their content.
 func (w *walker) emitted(top *node) iter.Seq[File] {
-	return func(yield func(File) bool) {
-		top.until(func(n *node) bool {
-			return !n.emit || yield(File{Entry: n.Entry, Open: func() (io.ReadCloser, error) { return w.open(n) }})
-		})
-	}
+	return w.some(top, func(n *node) bool { return n.emit })
 }
 
-func (w *walker) addOne(n *node, writer *Writer) error {
-	if n.Type != Regular {
-		return writer.Add(n.Entry, nil)
+// some are the files that wanted says, in canonical order.
+func (w *walker) some(top *node, wanted func(*node) bool) iter.Seq[File] {
+	return func(yield func(File) bool) {
+		top.until(func(n *node) bool {
+			return !wanted(n) || yield(File{Entry: n.Entry, Open: func() (io.ReadCloser, error) { return w.open(n) }})
+		})
 	}
-	f, err := w.open(n)
-	if err != nil {
-		return err
-	}
-	defer f.Close()
-	return writer.Add(n.Entry, f)
 }
 
 // trimmer makes an upper directory say the same as the layer that was made of it.

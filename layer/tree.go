@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"maps"
 	"os"
@@ -215,25 +216,24 @@ func (s *Store) rebuild(ctx context.Context, l Layer, k Sinks, x *index, dir str
 		return err
 	}
 	defer root.Close()
-	dirs, err := newDirStack(root)
-	if err != nil {
-		return err
-	}
-	defer dirs.close()
 	w, err := s.newWriter(ctx, k, "")
 	if err != nil {
 		return err
 	}
 	defer w.Abort()
 	w.expect = l.DiffID
-	for e := range x.all() {
-		err := addFrom(w, dirs, e)
-		if errors.Is(err, ErrChanged) { // that is for files of the build
-			err = fmt.Errorf("%w: %v", errDamagedTree, err)
+	err = w.AddAll(func(yield func(File) bool) {
+		for e := range x.all() {
+			if !yield(File{Entry: e, Open: func() (io.ReadCloser, error) { return root.Read(e.Path) }}) {
+				return
+			}
 		}
-		if err != nil {
-			return err
-		}
+	})
+	if errors.Is(err, ErrChanged) { // that is for files of the build
+		err = fmt.Errorf("%w: %v", errDamagedTree, err)
+	}
+	if err != nil {
+		return err
 	}
 	_, err = w.Close()
 	return err
@@ -260,32 +260,14 @@ func (s *Store) reindex(ctx context.Context, l Layer) error {
 	}
 	defer w.Abort()
 	w.expect = l.DiffID
-	top.each(func(n *node) {
+	err = w.AddAll(files.some(top, func(n *node) bool {
 		// Whether the layer has an entry for its root the tree doesn't tell; those that filo makes seldom have one.
-		if err == nil && n.Path != "." && (n.verdict != void || n.Type == Whiteout) {
-			err = files.addOne(n, w)
-		}
-	})
+		return n.Path != "." && (n.verdict != void || n.Type == Whiteout)
+	}))
 	if err == nil {
 		_, err = w.Close()
 	}
 	return err
-}
-
-func addFrom(w *Writer, dirs *dirStack, e Entry) error {
-	if e.Type != Regular {
-		return w.Add(e, nil)
-	}
-	parent, err := dirs.open(path.Dir(e.Path), false)
-	if err != nil {
-		return err
-	}
-	f, err := parent.OpenFile(path.Base(e.Path), os.O_RDONLY, 0)
-	if err != nil {
-		return err
-	}
-	defer f.Close()
-	return w.Add(e, f)
 }
 
 // tree unpacks entries into a directory. All paths are taken relative to open
