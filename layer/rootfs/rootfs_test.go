@@ -162,6 +162,52 @@ func TestList(t *testing.T) {
 	}
 }
 
+func TestReader(t *testing.T) {
+	r, dir, outside := trap(t)
+	must(t, os.WriteFile(filepath.Join(dir, "f"), []byte("0123456789"), 0o644))
+	must(t, r.Set("f", Attr{Time: &Time{Sec: 1000}}))
+	must(t, r.Symlink("f", "link"))
+	must(t, r.Symlink("/", "here"))
+	must(t, r.Symlink(outside, "out"))
+	must(t, r.Mknod("fifo", unix.S_IFIFO|0o600, 0, 0))
+	for name, want := range map[string]string{"f": "0123456789", "here/f": "0123456789", "fifo": ""} {
+		f, err := r.Read(name)
+		must(t, err)
+		if n, err := f.Read(nil); n != 0 || err != nil {
+			t.Errorf("%s: Read of nothing = %d, %v", name, n, err)
+		}
+		if b, err := io.ReadAll(f); string(b) != want || err != nil {
+			t.Errorf("%s: read %q, %v, want %q", name, b, err, want)
+		}
+		must(t, f.Close())
+	}
+	var st unix.Stat_t
+	must(t, unix.Stat(filepath.Join(dir, "f"), &st))
+	if st.Atim.Sec != 1000 {
+		t.Errorf("to read a file changed its access time to %d", st.Atim.Sec)
+	}
+	for name, want := range map[string]error{"link": unix.ELOOP, "out/secret": fs.ErrNotExist, "a\x00": unix.EINVAL} {
+		if _, err := r.Read(name); !errors.Is(err, want) {
+			t.Errorf("Read(%q) = %v, want %v", name, err, want)
+		}
+	}
+	etc, err := Open("/etc") // of somebody else, for an ordinary user
+	must(t, err)
+	defer etc.Close()
+	f, err := etc.Read("passwd")
+	must(t, err)
+	defer f.Close()
+	if _, err := io.ReadAll(f); err != nil {
+		t.Error(err)
+	}
+	d, err := r.Read(".") // opens, and says what it is when it is read
+	must(t, err)
+	defer d.Close()
+	if _, err := d.Read(make([]byte, 1)); !errors.Is(err, unix.EISDIR) {
+		t.Errorf("Read of a directory: %v", err)
+	}
+}
+
 func TestAttributesOfLinksNotTargets(t *testing.T) {
 	r, dir, outside := trap(t)
 	must(t, r.Symlink(filepath.Join(outside, "secret"), "link"))
