@@ -27,6 +27,7 @@ const (
 // launcher is what a launcher comes home to.
 type launcher struct {
 	mounts, network int  // its own namespaces
+	dir             int  // its working directory
 	null            int  // /dev/null
 	sameGroups      bool // nobody may change groups here
 }
@@ -36,18 +37,16 @@ func serve() error {
 	closeOnExec(socketFD)
 	unix.Umask(0)
 	l := &launcher{sameGroups: setgroupsDenied()}
+	// The first of them gets the number that a child's report will have: no child has a use for it.
 	for _, f := range []struct {
-		fd   *int
-		name string
-	}{{&l.mounts, "/proc/self/ns/mnt"}, {&l.network, "/proc/self/ns/net"}, {&l.null, os.DevNull}} {
-		fd, err := unix.Open(f.name, unix.O_RDWR|unix.O_CLOEXEC, 0)
-		if errors.Is(err, unix.EACCES) || errors.Is(err, unix.EPERM) {
-			fd, err = unix.Open(f.name, unix.O_RDONLY|unix.O_CLOEXEC, 0)
-		}
-		if err != nil {
+		fd    *int
+		name  string
+		flags int
+	}{{&l.mounts, "/proc/self/ns/mnt", unix.O_RDONLY}, {&l.network, "/proc/self/ns/net", unix.O_RDONLY}, {&l.dir, ".", unix.O_PATH}, {&l.null, os.DevNull, unix.O_RDWR}} {
+		var err error
+		if *f.fd, err = unix.Open(f.name, f.flags|unix.O_CLOEXEC, 0); err != nil {
 			return &os.PathError{Op: "open", Path: f.name, Err: err}
 		}
-		*f.fd = fd
 	}
 	for {
 		h, outputs, err := receiveOrder(socketFD)
@@ -195,7 +194,10 @@ func (l *launcher) goHome(h *handover) error {
 			return at("go home", err)
 		}
 	}
-	first := max(l.mounts, l.network, l.null, socketFD) + 1
+	if err := unix.Fchdir(l.dir); err != nil {
+		return at("go home", err)
+	}
+	first := max(l.mounts, l.network, l.dir, l.null) + 1
 	if unix.CloseRange(uint(first), math.MaxUint32, 0) == nil {
 		return nil
 	}

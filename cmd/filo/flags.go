@@ -108,7 +108,7 @@ func (f *whatFlags) register(fs *pflag.FlagSet) {
 
 func (f *resultFlags) register(fs *pflag.FlagSet) {
 	fs.StringArrayVarP(&f.tags, "tag", "t", nil, "`name` of the image, kept in the local store if there is no other output")
-	fs.StringArrayVarP(&f.outputs, "output", "o", nil, "where the result goes: `type=TYPE,dest=PATH,…` of type oci, docker, local, tar, image or registry; a bare path is type=local, - is a tar on standard output")
+	fs.StringArrayVarP(&f.outputs, "output", "o", nil, "where the result goes: `type=TYPE,dest=PATH,…` of type oci, docker, local, tar, image, registry or cacheonly; a bare path is type=local, - is a tar on standard output")
 	fs.BoolVar(&f.push, "push", false, "push the image to the registry its name says: same as -o type=registry")
 	fs.BoolVar(&f.load, "load", false, "keep the image in filo's local store (there is no Docker daemon to load into)")
 	fs.StringArrayVar(&f.annotations, "annotation", nil, "add an annotation: `[LEVEL[PLATFORM]:]KEY=VALUE`; levels are manifest, index, manifest-descriptor, index-descriptor")

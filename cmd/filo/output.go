@@ -26,12 +26,11 @@ func (f *resultFlags) parse(platforms int, index bool, stdout io.Writer) ([]expo
 	if err != nil {
 		return nil, err
 	}
-	var specs []string
-	specs = append(specs, f.outputs...)
+	specs := slices.DeleteFunc(slices.Clone(f.outputs), func(s string) bool { return s == cacheOnly })
 	if f.load {
 		specs = append(specs, "type=image,store=true")
 	}
-	if len(specs) == 0 && !f.push && (len(names) > 0 || f.iidfile != "" || f.metadata != "") {
+	if len(specs) == 0 && !f.push && !f.cacheOnly() && (len(names) > 0 || f.iidfile != "" || f.metadata != "") {
 		specs = append(specs, "type=image")
 	}
 	outputs, err := parseOutputs(specs)
@@ -115,6 +114,11 @@ func (f *resultFlags) annotate(o *export.Output) error {
 }
 
 // titles are what exports are called in the display.
+// cacheOnly is the -o that asks for no result.
+const cacheOnly = "type=cacheonly"
+
+func (f *resultFlags) cacheOnly() bool { return slices.Contains(f.outputs, cacheOnly) }
+
 var titles = map[string]string{
 	"oci": "exporting to oci image format", "docker": "exporting to docker image format", "image": "exporting to image",
 	"registry": "exporting to image", "local": "exporting to client directory", "tar": "exporting to client tarball",
@@ -125,7 +129,7 @@ func (j *job) export(ctx context.Context, r builder.Result) ([]export.Exported, 
 	if len(j.outputs) == 0 && j.flags.show.quiet { // the image ID is asked for, so there has to be an image
 		j.outputs = []export.Output{{Type: "image", Attrs: map[string]string{}}}
 	}
-	if len(j.outputs) == 0 {
+	if len(j.outputs) == 0 && !j.flags.results.cacheOnly() {
 		j.warn("No output specified: the result stays in the cache only. Use -t NAME to keep the image, --push to push it, or -o")
 	}
 	names, err := j.flags.results.names()
