@@ -176,10 +176,10 @@ func (s *Store) obtainBlob(ctx context.Context, l Layer, n need, o origin, dir s
 	}
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	moved := func(int) {}
+	u := &unpacking{ctx: ctx, desc: o.desc, diff: sha256.New()}
 	if !o.stored && s.pulling != nil {
 		var done func(error)
-		moved, done = s.pulling(o.desc)
+		u.moved, done = s.pulling(o.desc)
 		defer func() { done(err) }()
 	}
 	body, err := o.fetch(ctx)
@@ -190,7 +190,6 @@ func (s *Store) obtainBlob(ctx context.Context, l Layer, n need, o origin, dir s
 	if err := os.Mkdir(dir, 0o700); err != nil {
 		return err
 	}
-	u := &unpacking{ctx: ctx, desc: o.desc, diff: sha256.New()}
 	if !o.stored {
 		if u.blob, err = os.Create(filepath.Join(dir, "blob")); err != nil {
 			return err
@@ -204,7 +203,7 @@ func (s *Store) obtainBlob(ctx context.Context, l Layer, n need, o origin, dir s
 		}
 		defer u.tree.close()
 	}
-	if err := u.read(watched{body, moved}); err != nil {
+	if err := u.read(body); err != nil {
 		return err
 	}
 	if sum := digest.NewDigest(digest.SHA256, u.diff); sum != l.DiffID {
@@ -242,9 +241,10 @@ func (s *Store) putUnpacked(ctx context.Context, l Layer, n need, u *unpacking, 
 type unpacking struct {
 	ctx       context.Context
 	desc      ocispec.Descriptor
-	blob      *os.File // copy of the compressed bytes, nil for none
-	parity    *parity  // of them
-	tree      *tree    // nil for none
+	moved     func(int) // told of bytes that come; nil for none
+	blob      *os.File  // copy of the compressed bytes, nil for none
+	parity    *parity   // of them
+	tree      *tree     // nil for none
 	diff      hash.Hash
 	algorithm string
 	index     *index
@@ -252,6 +252,9 @@ type unpacking struct {
 
 func (u *unpacking) read(body io.Reader) error {
 	var in io.Reader = newVerifier(u.ctx, body, u.desc.Digest, u.desc.Size)
+	if u.moved != nil {
+		in = watched{in, u.moved}
+	}
 	if u.blob != nil {
 		in = io.TeeReader(in, io.MultiWriter(u.blob, u.parity))
 	}

@@ -280,6 +280,16 @@ func TestStateDirectory(t *testing.T) {
 	}
 }
 
+// writeFileOf returns the name of a file with a text.
+func writeFileOf(t *testing.T, text string) string {
+	t.Helper()
+	name := filepath.Join(t.TempDir(), "file")
+	if err := os.WriteFile(name, []byte(text), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	return name
+}
+
 // TestRequestIsWhole sees that every flag of build has an effect: on the request, on the outputs, or an error or a
 // warning.
 func TestRequestIsWhole(t *testing.T) {
@@ -289,7 +299,7 @@ func TestRequestIsWhole(t *testing.T) {
 		"network": "none", "add-host": "a:1.2.3.4", "secret": "id=x,env=HOME", "ssh": "k=" + writeKey(t), "shm-size": "1m", "ulimit": "nofile=1",
 		"allow": "network.host", "jobs": "2", "progress": "plain", "no-cache-filter": "s",
 		"memory": "64m", "cpus": "1", "cpu-period": "5000", "cpu-quota": "5000", "cpu-shares": "5", "cpuset-cpus": "0", "cpuset-mems": "0",
-		"pids-limit": "9", "resource": "memory=64m",
+		"pids-limit": "9", "resource": "memory=64m", "dns": "1.2.3.4", "step-timeout": "10m", "build-arg-file": writeFileOf(t, "B=2"),
 	}
 	plain, err := parseFlags(t).request(variables("HOME", "h"))
 	if err != nil {
@@ -297,7 +307,7 @@ func TestRequestIsWhole(t *testing.T) {
 	}
 	fs := pflag.NewFlagSet("build", pflag.ContinueOnError)
 	(&buildFlags{}).register(fs)
-	readElsewhere := []string{"attest", "provenance", "sbom", "keep-storage", "cache-from", "cache-to", "file", "build-context", "call", "check", "tag", "output", "push", "load", "annotation", "iidfile", "metadata-file", "jobs", "explain", "progress", "timings", "trace", "quiet"}
+	readElsewhere := []string{"attest", "provenance", "sbom", "keep-storage", "cache-from", "cache-to", "file", "build-context", "call", "check", "tag", "output", "push", "load", "annotation", "iidfile", "metadata-file", "jobs", "explain", "progress", "timings", "trace", "quiet", "ignorefile"}
 	fs.VisitAll(func(flag *pflag.Flag) {
 		v, ok := values[flag.Name]
 		if !ok {
