@@ -125,9 +125,14 @@ func setgroupsDenied() bool {
 // lacking returns the name of the first of these capabilities that this process has not, "" if it has them. They are all
 // among the default ones.
 func lacking(numbers ...uintptr) string {
-	for _, c := range defaultCapabilities {
-		if slices.Contains(numbers, c.number) && !has(c.number) {
-			return c.name
+	for _, n := range numbers {
+		if has(n) {
+			continue
+		}
+		for _, c := range defaultCapabilities {
+			if c.number == n {
+				return c.name
+			}
 		}
 	}
 	return ""
