@@ -11,6 +11,7 @@ import (
 	"hash"
 	"io"
 	"io/fs"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -110,6 +111,9 @@ func (s *Store) Blob(ctx context.Context, l Layer, c Compression, force bool) (o
 	if err := s.makeBlob(ctx, l, want); err != nil {
 		return fail(err)
 	}
+	s.mu.Lock() // who asked before may get the new one now
+	maps.DeleteFunc(s.blobs, func(w wantedBlob, _ ocispec.Descriptor) bool { return w.diffID == l.DiffID })
+	s.mu.Unlock()
 	if d, ok := s.existingBlob(l, want, c, true); ok {
 		return d, nil
 	}
