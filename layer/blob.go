@@ -270,15 +270,20 @@ func (s *Store) OpenBlob(ctx context.Context, dgst digest.Digest) (io.ReadCloser
 	if !errors.Is(err, fs.ErrNotExist) {
 		return nil, 0, fmt.Errorf("open blob: %w", err)
 	}
+	again := s.remake(ctx, dgst)
+	if again == nil {
+		return s.openStored(ctx, dgst)
+	}
 	s.mu.Lock()
 	l, promised := s.promised[dgst]
 	s.mu.Unlock()
-	if again := s.remake(ctx, dgst); again == nil {
-		return s.openStored(ctx, dgst)
-	} else if !promised {
-		return nil, 0, fmt.Errorf("open blob: %w", errors.Join(err, again))
+	if !promised {
+		return nil, 0, fmt.Errorf("open blob %s: %w", dgst, again)
 	}
 	if err := s.obtain(ctx, l, need{blob: dgst}); err != nil {
+		if again != errNotMade {
+			err = errors.Join(again, err)
+		}
 		return nil, 0, fmt.Errorf("open blob: %w", err)
 	}
 	return s.openStored(ctx, dgst)
@@ -608,8 +613,14 @@ func (v *verifier) Read(p []byte) (int, error) {
 	}
 	v.hash.Write(p[:n])
 	v.left -= int64(n)
-	if err == io.EOF {
-		err = v.atEnd()
+	if err == io.EOF || err == nil && n > 0 && v.left == 0 { // who knows the size may not read on
+		end := v.atEnd()
+		if end != io.EOF {
+			n = 0 // nobody gets all of what is wrong
+		}
+		if err == io.EOF || end != io.EOF {
+			err = end
+		}
 	}
 	v.err = err
 	return n, err

@@ -397,3 +397,24 @@ func TestGzipAgain(t *testing.T) {
 		}
 	}
 }
+
+// Who knows how long a blob is and stops there learns as well that it is damaged, before having all of it.
+func TestDamagedBlobBySize(t *testing.T) {
+	s := newStore(t)
+	d, err := s.PutBlob(t.Context(), "text/plain", []byte("some bytes"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(s.blobPath(d.Digest), []byte("same bytes"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	r, size, err := s.OpenBlob(t.Context(), d.Digest)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	n, err := io.ReadFull(r, make([]byte, size))
+	if !errors.Is(err, ErrDamaged) || n == int(size) {
+		t.Errorf("read %d of %d bytes: %v, want ErrDamaged", n, size, err)
+	}
+}

@@ -121,11 +121,14 @@ func (s *Store) Ensure(ctx context.Context, d digest.Digest) error {
 	return r.Close()
 }
 
+// errNotMade says that a blob is not here, and never was made here.
+var errNotMade = fmt.Errorf("blob is not in the store: %w", fs.ErrNotExist)
+
 // remake makes a lost blob of a layer again.
 func (s *Store) remake(ctx context.Context, d digest.Digest) error {
 	l, c, ok := s.maker(d)
 	if !ok {
-		return fs.ErrNotExist
+		return errNotMade
 	}
 	unlock, err := s.Lock(ctx, "blob "+l.DiffID.String())
 	if err != nil {
@@ -138,11 +141,14 @@ func (s *Store) remake(ctx context.Context, d digest.Digest) error {
 	if err = s.blobFromAny(ctx, l, c); err == nil {
 		_, err = os.Lstat(s.blobPath(d)) // another version of filo may have made other bytes
 	}
-	if err != nil {
+	switch {
+	case err == nil:
+		s.repaired("blob %s", d)
+		return nil
+	case ctx.Err() != nil || noRoom(err):
 		return fmt.Errorf("make blob %s again: %w", d, err)
 	}
-	s.repaired("blob %s", d)
-	return nil
+	return fmt.Errorf("%w: make blob %s again: %v", fs.ErrNotExist, d, err) // whatever the reason, such as a file that is another user's
 }
 
 // maker finds out of which layer filo made a blob, and how.

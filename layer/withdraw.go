@@ -36,13 +36,12 @@ func (s *Store) Stream(ctx context.Context, dgst digest.Digest) (io.ReadCloser, 
 	if err == nil || !errors.Is(err, fs.ErrNotExist) {
 		return r, err
 	}
-	failed := err
-	if err := s.remake(ctx, dgst); err == nil {
+	again := s.remake(ctx, dgst)
+	if again == nil {
 		r, _, err := s.openStored(ctx, dgst)
 		return r, err
-	} else if !errors.Is(err, fs.ErrNotExist) {
-		failed = err
 	}
+	failed := again
 	s.mu.Lock()
 	l := s.promised[dgst]
 	s.mu.Unlock()
@@ -55,6 +54,9 @@ func (s *Store) Stream(ctx context.Context, dgst digest.Digest) (io.ReadCloser, 
 			return passing{newVerifier(ctx, body, dgst, p.desc.Size), body}, nil
 		}
 		failed = err
+		if again != errNotMade {
+			failed = errors.Join(again, err)
+		}
 	}
 	return nil, fmt.Errorf("open blob: %w", failed)
 }

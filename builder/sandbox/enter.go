@@ -321,6 +321,12 @@ func foreground() bool {
 	return err == nil && group == unix.Getpgrp()
 }
 
+// Entered reports whether this is the process in the user namespace that [Enter] started.
+func Entered() bool {
+	_, yes := entered()
+	return yes
+}
+
 // entered returns the pipe of a process that Enter started.
 func entered() (int, bool) {
 	if len(os.Args) == 0 {

@@ -190,6 +190,7 @@ func (a *app) open(enter bool) (*state, error) {
 	if !slices.Contains([]string{"auto", "root", "rootless", "chroot"}, a.isolation) {
 		return nil, &usageError{"filo", fmt.Errorf("--isolation %q: must be auto, root, rootless or chroot", a.isolation)}
 	}
+	enter = enter || sandbox.Entered()
 	if enter {
 		if s.ground, err = sandbox.Enter(a.isolation); err != nil {
 			return nil, err
