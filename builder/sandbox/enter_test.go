@@ -13,6 +13,10 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"filo/builder/sandbox/seccomp"
+
+	"golang.org/x/sys/unix"
 )
 
 // With these in its environment, the test program enters a ground, says which,
@@ -22,11 +26,17 @@ const (
 	doEnv    = "SANDBOX_TEST_DO"
 	boxEnv   = "SANDBOX_TEST_BOX"
 	napEnv   = "SANDBOX_TEST_NAP"
+	// prisonEnv is a directory to take into a chroot before all this.
+	prisonEnv = "SANDBOX_TEST_PRISON"
 	// programEnv is where the static program is, for a run as another user.
 	programEnv = "SANDBOX_TEST_PROGRAM"
 )
 
 func entersMain(how string) {
+	if dir := os.Getenv(prisonEnv); dir != "" {
+		fmt.Println(imprison(dir))
+		os.Exit(1)
+	}
 	g, err := Enter(how)
 	if err != nil {
 		fmt.Println(err)
@@ -48,14 +58,30 @@ func entersMain(how string) {
 		p := b.act(nil, "orphans", os.Getenv(napEnv), "wait")
 		p.Stdout = os.Stdout
 		fmt.Println(run(context.Background(), p))
+	case "again":
+		b := theirBox()
+		r := Runner{Filter: seccomp.Docker}
+		for _, n := range []Network{NetworkNone, NetworkDefault, NetworkDefault} {
+			p := b.process("pwd")
+			p.Network, p.Stdout = n, os.Stdout
+			if err := r.Run(context.Background(), p, false); err != nil {
+				fmt.Println(err)
+			}
+			os.RemoveAll(b.root.Work + "/work")
+		}
+		r.Close()
 	case "run":
-		dir := os.Getenv(boxEnv)
-		b := &box{dir: dir, root: Root{Lower: []string{dir + "/top", dir + "/base"}, Upper: dir + "/upper", Work: dir + "/work"}}
-		p := b.process("sleep")
+		p := theirBox().process("sleep")
 		p.Stdout = os.Stdout
 		fmt.Println(run(context.Background(), p))
 	}
 	os.Exit(0)
+}
+
+// theirBox is the box of the test that started this program.
+func theirBox() *box {
+	dir := os.Getenv(boxEnv)
+	return &box{dir: dir, root: Root{Lower: []string{dir + "/top", dir + "/base"}, Upper: dir + "/upper", Work: dir + "/work"}}
 }
 
 // entering is the command that enters; as an ordinary user where root may
@@ -136,6 +162,82 @@ func TestEnterForced(t *testing.T) {
 			}
 		})
 	}
+}
+
+// TestAgain runs processes one after the other where the way home is not as usual: in a user namespace, in a directory
+// that the user may not be in, and in a chroot whose paths are not those of its mount namespace.
+func TestAgain(t *testing.T) {
+	if singleID() || os.Getuid() != 0 {
+		t.Skip("only root can chroot, and become another user")
+	}
+	const want = "/\n/\n/\n"
+	for _, how := range []string{"root", "rootless"} {
+		t.Run(how, func(t *testing.T) {
+			cmd := enterCommand(t, how, "again", how == "rootless")
+			b := newBox(t)
+			if how == "rootless" {
+				for _, name := range []string{b.root.Upper, b.root.Work} {
+					if err := os.Chown(name, 1000, 1000); err != nil {
+						t.Fatal(err)
+					}
+				}
+				forbidden := t.TempDir()
+				os.Chmod(filepath.Dir(forbidden), 0o755)
+				if err := os.Chmod(forbidden, 0o700); err != nil {
+					t.Fatal(err)
+				}
+				t.Chdir(forbidden)
+				cmd.Dir = ""
+			}
+			cmd.Env = append(cmd.Env, boxEnv+"="+b.dir)
+			if out, err := cmd.CombinedOutput(); err != nil || !strings.HasSuffix(string(out), want) {
+				t.Errorf("%v: %s", err, out)
+			}
+		})
+	}
+	t.Run("chroot", func(t *testing.T) {
+		cmd := enterCommand(t, "root", "again", false)
+		b := newBox(t)
+		cmd.Env = append(cmd.Env, boxEnv+"=/box", prisonEnv+"="+b.dir)
+		cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNS}
+		if out, err := cmd.CombinedOutput(); err != nil || !strings.HasSuffix(string(out), want) {
+			t.Errorf("%v: %s", err, out)
+		}
+	})
+}
+
+// imprison starts this program again in a chroot in which a directory is /box. It is a mount, as it is for all who mean to
+// use mounts there: nobody can pivot in another one.
+func imprison(dir string) error {
+	root := filepath.Join(dir, "prison")
+	if err := os.Mkdir(root, 0o755); err != nil {
+		return err
+	}
+	private := unix.MountAttr{Propagation: unix.MS_PRIVATE}
+	err := unix.MountSetattr(unix.AT_FDCWD, "/", unix.AT_RECURSIVE, &private)
+	if err == nil {
+		err = unix.Mount("tmpfs", root, "tmpfs", 0, "")
+	}
+	for _, m := range []struct{ from, to string }{{"/proc", "/proc"}, {"/dev", "/dev"}, {"/sys", "/sys"}, {dir, "/box"}} {
+		if err == nil {
+			err = os.Mkdir(root+m.to, 0o755)
+		}
+		if err == nil {
+			err = unix.Mount(m.from, root+m.to, "", unix.MS_BIND|unix.MS_REC, "")
+		}
+	}
+	if err == nil {
+		err = unix.Chroot(root)
+	}
+	if err == nil {
+		err = unix.Chdir("/")
+	}
+	if err != nil {
+		return err
+	}
+	os.Unsetenv(prisonEnv)
+	os.Setenv("TMPDIR", "/")
+	return syscall.Exec("/box/base/bin/"+insideName, os.Args[:1], os.Environ())
 }
 
 func TestEnterPassesOn(t *testing.T) {

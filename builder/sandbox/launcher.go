@@ -27,7 +27,7 @@ const (
 // launcher is what a launcher comes home to.
 type launcher struct {
 	mounts, network int  // its own namespaces
-	dir             int  // its working directory
+	root            int  // its root, which need not be that of its namespace
 	null            int  // /dev/null
 	sameGroups      bool // nobody may change groups here
 }
@@ -37,12 +37,12 @@ func serve() error {
 	closeOnExec(socketFD)
 	unix.Umask(0)
 	l := &launcher{sameGroups: setgroupsDenied()}
-	// The first of them gets the number that a child's report will have: no child has a use for it.
+	// The number that a child's report will have may be one of theirs, or of a file of Go's own: no child has a use for these.
 	for _, f := range []struct {
 		fd    *int
 		name  string
 		flags int
-	}{{&l.mounts, "/proc/self/ns/mnt", unix.O_RDONLY}, {&l.network, "/proc/self/ns/net", unix.O_RDONLY}, {&l.dir, ".", unix.O_PATH}, {&l.null, os.DevNull, unix.O_RDWR}} {
+	}{{&l.mounts, "/proc/self/ns/mnt", unix.O_RDONLY}, {&l.network, "/proc/self/ns/net", unix.O_RDONLY}, {&l.root, "/", unix.O_PATH | unix.O_DIRECTORY}, {&l.null, os.DevNull, unix.O_RDWR}} {
 		var err error
 		if *f.fd, err = unix.Open(f.name, f.flags|unix.O_CLOEXEC, 0); err != nil {
 			return &os.PathError{Op: "open", Path: f.name, Err: err}
@@ -58,6 +58,7 @@ func serve() error {
 		}
 		a := l.launch(h, outputs)
 		home := l.goHome(h)
+		a.Again = home == nil
 		if err := send(fd(socketFD), a); err != nil || home != nil {
 			return errors.Join(err, home)
 		}
@@ -70,6 +71,7 @@ type answer struct {
 	Status  int // as wait4 gives it
 	Failed  bool
 	Failure report // why it could not become one
+	Again   bool   // there can be another one
 }
 
 func (l *launcher) launch(h *handover, outputs [2]int) (a answer) {
@@ -184,7 +186,8 @@ func poll(fds []unix.PollFd) error {
 	}
 }
 
-// goHome leaves the namespaces of a process, of which the mounts go with that, and closes what was opened for it.
+// goHome leaves the namespaces of a process, of which the mounts go with that, and closes what was opened for it. From a
+// network of its own no way leads home in a user namespace: the machine's belongs to another one.
 func (l *launcher) goHome(h *handover) error {
 	if err := unix.Setns(l.mounts, unix.CLONE_NEWNS); err != nil {
 		return at("go home", err)
@@ -194,10 +197,15 @@ func (l *launcher) goHome(h *handover) error {
 			return at("go home", err)
 		}
 	}
-	if err := unix.Fchdir(l.dir); err != nil {
+	// The way home ends at the root of the namespace. Where filo lives in a chroot, that is not its own.
+	err := unix.Fchdir(l.root)
+	if err == nil {
+		err = unix.Chroot(".")
+	}
+	if err != nil {
 		return at("go home", err)
 	}
-	first := max(l.mounts, l.network, l.dir, l.null) + 1
+	first := max(l.mounts, l.network, l.root, l.null) + 1
 	if unix.CloseRange(uint(first), math.MaxUint32, 0) == nil {
 		return nil
 	}

@@ -40,8 +40,10 @@ func TestRunnerAgain(t *testing.T) {
 	broken.Args = []string{"/nosuch"}
 	bad.Dir = "/bin/inside/x"
 	for range 3 {
-		if !inUserNamespace() { // there, no way leads home from a network that is one's own
-			run(offline, false)
+		run(offline, false)
+		if inUserNamespace() { // there, no way leads home from a network that is one's own
+			run(say, false)
+			first = r.idle[0].process.Pid
 		}
 		for _, p := range []Process{broken, bad} {
 			if err := r.Run(t.Context(), p, false); err == nil {

@@ -200,7 +200,7 @@ func (r *Runner) Run(ctx context.Context, p Process, more bool) error {
 	case err != nil:
 		return &SetupError{Step: "start", Err: fmt.Errorf("launcher ended early: %w", err)}
 	}
-	again = true
+	again = a.Again
 	switch {
 	case a.Failed:
 		return a.Failure.error(p.Args)
