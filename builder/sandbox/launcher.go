@@ -6,6 +6,7 @@ import (
 	"math"
 	"os"
 	"reflect"
+	"runtime"
 	"strconv"
 	"syscall"
 	"unsafe"
@@ -62,6 +63,20 @@ func serve() error {
 		if err := send(fd(socketFD), a); err != nil || home != nil {
 			return errors.Join(err, home)
 		}
+		h = nil
+		tidy()
+	}
+}
+
+// plenty is how much memory a launcher may have in use before it looks for garbage.
+const plenty = 16 << 20
+
+// tidy looks for garbage while there is no process. Go by itself would begin at any time and could not come to an end: it
+// would try and try to stop a thread that waits where it does not look (poll).
+func tidy() {
+	var m runtime.MemStats
+	if runtime.ReadMemStats(&m); m.HeapAlloc > plenty {
+		runtime.GC()
 	}
 }
 

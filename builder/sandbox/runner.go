@@ -181,8 +181,8 @@ func spawn(of role) (*running, error) {
 		var err error
 		l.process, err = os.StartProcess(self, []string{launcherName}, &os.ProcAttr{
 			// Not the processes' environment but that of the launcher's Go runtime. The second processor is never used;
-			// without it the scheduler would give the first one away whenever a call takes 20 microseconds.
-			Env:   []string{"GOMAXPROCS=2", "GODEBUG=containermaxprocs=0,asyncpreemptoff=1"},
+			// without it the scheduler would give the first one away whenever a call takes 20 microseconds. For GOGC see tidy.
+			Env:   []string{"GOGC=off", "GOMAXPROCS=2", "GODEBUG=containermaxprocs=0,asyncpreemptoff=1"},
 			Files: []*os.File{nil, nil, nil, theirs},
 			Sys:   &syscall.SysProcAttr{Setsid: true, Pdeathsig: syscall.SIGKILL},
 		})

@@ -2,6 +2,7 @@ package sandbox
 
 import (
 	"bytes"
+	"fmt"
 	"os"
 	"strconv"
 	"testing"
@@ -69,5 +70,33 @@ func TestRunnerAgain(t *testing.T) {
 		if err := unix.Kill(pid, 0); err != unix.ESRCH || len(r.idle) != 0 {
 			t.Errorf("after Close %d launchers wait; %d: %v", len(r.idle), pid, err)
 		}
+	}
+}
+
+// TestRunnerTidy hands much data to one launcher many times: it must not keep what it was given.
+func TestRunnerTidy(t *testing.T) {
+	secret := Mount{Type: Data, Data: make([]byte, 20<<20), Target: "/dev/secret"}
+	box := newBox(t)
+	p := box.process("stat", "/dev/secret")
+	if p.Ground.Name == groundChroot {
+		t.Skip("no launchers on the chroot ground")
+	}
+	p.Mounts = []Mount{secret}
+	r := Runner{Filter: seccomp.Docker}
+	defer r.Close()
+	for range 8 {
+		if err := r.Run(t.Context(), p, false); err != nil {
+			t.Fatal(err)
+		}
+		os.RemoveAll(box.root.Work + "/work")
+	}
+	if len(r.idle) != 1 {
+		t.Fatalf("%d launchers wait, not 1", len(r.idle))
+	}
+	b, err := os.ReadFile("/proc/" + strconv.Itoa(r.idle[0].process.Pid) + "/statm")
+	var size, resident int
+	fmt.Sscan(string(b), &size, &resident)
+	if used := resident * os.Getpagesize(); err != nil || used > 100<<20 {
+		t.Errorf("the launcher uses %d MiB, %v", used>>20, err)
 	}
 }
