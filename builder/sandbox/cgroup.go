@@ -98,6 +98,7 @@ func (l Limits) Try() error {
 // bounds are the cgroups made for one process: one, or with version 1 one for each controller.
 type bounds struct {
 	dirs    []string
+	homes   []string // where what starts there comes from
 	old     []string // controllers of version 1
 	unified string   // the one of version 2, "" for none
 	memory  string   // the one that counts memory, "" for none
@@ -145,7 +146,7 @@ func (b *bounds) add(h hierarchies, l Limits, controller, name string) error {
 		return err
 	}
 	if !slices.Contains(b.dirs, made) {
-		b.dirs = append(b.dirs, made)
+		b.dirs, b.homes = append(b.dirs, made), append(b.homes, dir)
 	}
 	if controller == "memory" {
 		b.memory, b.v2 = made, v2
@@ -254,12 +255,36 @@ func (b *bounds) put(pid int) error {
 	if b == nil {
 		return nil
 	}
-	for _, dir := range b.dirs {
+	return move(pid, b.dirs)
+}
+
+func move(pid int, to []string) error {
+	for _, dir := range to {
 		if err := os.WriteFile(path.Join(dir, "cgroup.procs"), strconv.AppendInt(nil, int64(pid), 10), 0); err != nil {
 			return err
 		}
 	}
 	return nil
+}
+
+// threads is more than a launcher has of them.
+const threads = 16
+
+// allow changes the limit of processes, where there is one.
+func (b *bounds) allow(limit int64) error {
+	const most = 1 << 22 // that the kernel takes
+	if b == nil || b.pids == "" {
+		return nil
+	}
+	return os.WriteFile(path.Join(b.pids, "pids.max"), strconv.AppendInt(nil, min(limit, most), 10), 0)
+}
+
+// dismiss moves a launcher out of the cgroups, in which its child stays: its threads would count as the process's, and the
+// kernel would kill it, the biggest, when memory ran out for many small ones. Where that is refused it stays.
+func (b *bounds) dismiss(launcher int, limit int64) {
+	if b != nil && move(launcher, b.homes) == nil {
+		_ = b.allow(limit) // what is smaller is never refused
+	}
 }
 
 // killed says whether memory ran out for a process in the cgroups, and how much was used at most.

@@ -84,6 +84,16 @@ func TestTooManyProcesses(t *testing.T) {
 	if _, err := b.run(p); !errors.As(err, &exit) || exit.Crowded || strings.Contains(err.Error(), "limit") {
 		t.Errorf("a process that is alone: %v", err)
 	}
+	p = b.process("pwd")
+	p.Env = append(p.Env, "GOMAXPROCS=1")
+	p.Limits.PIDs = 7 // its own threads; with the launcher's there would be more
+	if out, err := b.run(p); err != nil {
+		t.Errorf("a process with just enough: %s, %v", out, err)
+	}
+	p.Limits.PIDs = 1 << 22
+	if out, err := b.run(p); err != nil {
+		t.Errorf("the highest limit: %s, %v", out, err)
+	}
 	noCgroups(t)
 }
 

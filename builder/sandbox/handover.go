@@ -27,6 +27,7 @@ type handover struct {
 	Hosts, Resolv, Filter []byte
 	Version1              []string // controllers of cgroups of version 1 that limit it
 	NoDevices             bool     // device nodes are dead but in /dev
+	Limited               bool     // the launcher says when it is not needed in its cgroups any more
 }
 
 // prepare fills in the defaults of p and packs it for the child.

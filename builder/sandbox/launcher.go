@@ -91,8 +91,15 @@ type answer struct {
 
 func (l *launcher) launch(h *handover, outputs [2]int) (a answer) {
 	q, err := l.prepare(h, outputs)
+	var c *child
 	if err == nil {
-		a, err = q.run()
+		c, err = q.start()
+	}
+	if h.Limited { // see [bounds.dismiss]
+		_, _ = fd(socketFD).Write([]byte{starting}) // filo is dead, or reads
+	}
+	if err == nil {
+		a, err = c.end(q)
 	}
 	if err != nil {
 		a.Failed, a.Failure = true, newReport(err)
@@ -131,23 +138,32 @@ func (l *launcher) prepare(h *handover, outputs [2]int) (*sequence, error) {
 	return q, h.become(q, l.sameGroups)
 }
 
-// run lets a child make the calls and waits for its end, or makes an end when filo has no more to say.
-func (q *sequence) run() (a answer, err error) {
+// child is one that makes the calls of a sequence.
+type child struct{ pid, pidfd, report int }
+
+// start lets a child make the calls.
+func (q *sequence) start() (*child, error) {
 	var report [2]int
 	if err := unix.Pipe2(report[:], unix.O_CLOEXEC); err != nil {
-		return a, at("start", err)
+		return nil, at("start", err)
 	}
-	defer unix.Close(report[0])
 	pid, pidfd, err := q.fork(unix.CLONE_NEWPID, report)
 	unix.Close(report[1])
 	if err != nil {
-		return a, at("start", refused(err))
+		unix.Close(report[0])
+		return nil, at("start", refused(err))
 	}
-	defer unix.Close(pidfd)
-	await(pidfd)
+	return &child{pid, pidfd, report[0]}, nil
+}
+
+// end waits for the end of a child, or makes an end when filo has no more to say.
+func (c *child) end(q *sequence) (a answer, err error) {
+	defer unix.Close(c.report)
+	defer unix.Close(c.pidfd)
+	await(c.pidfd)
 	var status unix.WaitStatus
 	for {
-		if _, err = unix.Wait4(pid, &status, unix.WALL, nil); err != unix.EINTR {
+		if _, err = unix.Wait4(c.pid, &status, unix.WALL, nil); err != unix.EINTR {
 			break
 		}
 	}
@@ -156,7 +172,7 @@ func (q *sequence) run() (a answer, err error) {
 	}
 	a.Status = int(status)
 	said := make([]byte, 1+failureSize)
-	n, err := unix.Read(report[0], said)
+	n, err := unix.Read(c.report, said)
 	if err != nil {
 		return a, at("start", err)
 	}

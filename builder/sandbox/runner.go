@@ -209,6 +209,9 @@ func (l *running) bind() {
 		return
 	}
 	err := l.bounds.put(l.process.Pid)
+	if err == nil {
+		err = l.bounds.allow(l.role.limits.PIDs + threads)
+	}
 	if err != nil && l.role.limits != (Limits{}) {
 		l.unbound = &SetupError{Step: "limit", Err: err}
 	} else if err != nil {
@@ -262,7 +265,14 @@ func (l *running) run(ctx context.Context, h *handover, out *outputs) (a answer,
 	if err := send(l.socket, h); err != nil {
 		return a, err
 	}
-	return a, receive(l.socket, &a)
+	if h.Limited {
+		if _, err := io.ReadFull(l.socket, make([]byte, 1)); err != nil {
+			return a, err
+		}
+		l.bounds.dismiss(l.process.Pid, l.role.limits.PIDs)
+	}
+	err = receive(l.socket, &a)
+	return a, err
 }
 
 // end ends the launcher and what it runs.

@@ -186,7 +186,7 @@ func (r *Runner) Run(ctx context.Context, p Process, more bool) error {
 	if err != nil {
 		return err
 	}
-	h.Version1, h.NoDevices = l.bounds.version1(), !l.nodes
+	h.Version1, h.NoDevices, h.Limited = l.bounds.version1(), !l.nodes, !l.role.lasts()
 	out, err := newOutputs(p)
 	if err != nil {
 		return &SetupError{Step: "start", Err: err}
