@@ -151,6 +151,14 @@ type procMount struct {
 	blanks []int // a mount of an empty directory for each one that is hidden
 	null   int   // /dev/null
 	bare   bool  // nothing is hidden
+	root   int   // of the process
+	extra  []placement
+}
+
+// inProc says whether a path leads to what only the process has.
+func inProc(name string) bool {
+	name = path.Clean("/" + name)
+	return name == "/proc" || strings.HasPrefix(name, "/proc/")
 }
 
 // proc prepares it.
@@ -187,9 +195,19 @@ func (p *procMount) mount(q *sequence) {
 	q.add(step, unix.SYS_MOVE_MOUNT, fresh, "", p.place, "", onto)
 	q.skip(1)
 	q.add(step, unix.SYS_MOVE_MOUNT, p.spare, "", p.place, "", onto)
-	if p.bare {
-		return
+	if !p.bare {
+		p.mask(q)
 	}
+	for _, e := range p.extra {
+		step := "mount " + e.target
+		how := &unix.OpenHow{Flags: unix.O_PATH | unix.O_CLOEXEC, Resolve: unix.RESOLVE_IN_ROOT | unix.RESOLVE_NO_MAGICLINKS}
+		place := q.add(step, unix.SYS_OPENAT2, p.root, e.target, unsafe.Pointer(how), unsafe.Sizeof(*how))
+		q.add(step, unix.SYS_MOVE_MOUNT, e.mount, "", place, "", onto)
+	}
+}
+
+// mask adds the calls that hide and freeze parts of /proc.
+func (p *procMount) mask(q *sequence) {
 	for _, name := range frozen {
 		step := "make " + name + " read-only"
 		m := q.add(step, unix.SYS_OPEN_TREE, unix.AT_FDCWD, name, unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC|unix.AT_RECURSIVE)

@@ -5,9 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"path"
 	"runtime"
-	"strings"
+	"slices"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -70,8 +69,8 @@ func begin() (*handover, error) {
 // become adds the calls by which a child becomes the process, in the root that this one has.
 func (h *handover) become(q *sequence, sameGroups bool) error {
 	p := h.Process
-	if dir := path.Clean(p.Dir); dir == "/proc" || strings.HasPrefix(dir, "/proc/") {
-		q.add("change to working directory "+p.Dir, unix.SYS_CHDIR, p.Dir) // only the child has that
+	if inProc(p.Dir) {
+		q.add("change to working directory "+p.Dir, unix.SYS_CHDIR, p.Dir)
 	} else {
 		fd, err := workingDirectory(p.Dir, p.UID, p.GID)
 		if err != nil {
@@ -92,7 +91,7 @@ func (h *handover) become(q *sequence, sameGroups bool) error {
 
 // enterRoot makes every mount while the host is still in sight, then leaves
 // the host behind and puts them in place inside the root, where no path leads
-// out. /proc is left to the process.
+// out. /proc, and what goes there, is left to the process.
 func enterRoot(h *handover) (*procMount, error) {
 	// Nothing mounted here may appear on the host.
 	private := unix.MountAttr{Propagation: unix.MS_PRIVATE}
@@ -152,6 +151,14 @@ func enterRoot(h *handover) (*procMount, error) {
 			return nil, at("hide files", err)
 		}
 	}
+	proc.root = in.fd
+	extra = slices.DeleteFunc(extra, func(p placement) bool {
+		late := inProc(p.target)
+		if late {
+			proc.extra = append(proc.extra, p)
+		}
+		return late
+	})
 	return proc, in.place(extra)
 }
 

@@ -508,6 +508,29 @@ func TestRunMounts(t *testing.T) {
 	}
 }
 
+// TestRunMountsOnProc mounts where only the process has something to mount on, and the root has another.
+func TestRunMountsOnProc(t *testing.T) {
+	if newBox(t).process().Ground.Name == groundChroot {
+		t.Skip("no mounts on the chroot ground")
+	}
+	for _, tt := range []struct{ target, ls, err string }{
+		{"/proc/fs", "/proc/fs", ""},
+		{"/proc/sys/../fs", "/proc/fs", ""},
+		{"/proc", "/proc", ""},
+		{"/proc/below", "/proc/below", "mount /proc/below: no such file or directory"},
+	} {
+		b := newBox(t)
+		b.mkdir("base/proc/below")
+		b.mkdir("base/proc/fs")
+		p := b.process("ls", tt.ls)
+		p.Mounts = []Mount{{Type: Tmpfs, Target: tt.target}}
+		out, err := b.run(p)
+		if tt.err == "" && (err != nil || out != "") || tt.err != "" && (err == nil || !strings.Contains(err.Error(), tt.err)) {
+			t.Errorf("%s: %q, %v", tt.target, out, err)
+		}
+	}
+}
+
 func TestRunReadOnly(t *testing.T) {
 	b := newBox(t)
 	for _, args := range [][]string{
