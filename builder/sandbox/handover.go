@@ -20,7 +20,7 @@ const (
 	reportFD = 4
 )
 
-// handover is all that a child has to know. It goes through a pipe: secrets are
+// handover is all that a child has to know. It goes through a socket or a pipe: secrets are
 // in nobody's arguments, environment or files.
 type handover struct {
 	Process               Process
@@ -224,7 +224,7 @@ func (f *report) error(args []string) error {
 	return &SetupError{Step: f.Step, Err: &cause{text: f.Text, errno: f.Errno}}
 }
 
-// cause is an error that came through a pipe and still compares to its errno.
+// cause is an error of another process that still compares to its errno.
 type cause struct {
 	text  string
 	errno syscall.Errno

@@ -51,7 +51,7 @@ func begun() {
 	}
 }
 
-// begin reads the order in a child that is to become the process.
+// begin reads the order in a child that is to become the process itself, which is so on the chroot ground.
 func begin() (*handover, error) {
 	order := os.NewFile(orderFD, "order")
 	unix.CloseOnExec(reportFD)

@@ -10,7 +10,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// stage is a small tmpfs in which the child keeps the files that it shows:
+// stage is a small tmpfs in which the launcher keeps the files that it shows:
 // hosts, resolv.conf, secrets, and what masked paths are covered with. It is
 // mounted over the host's root in this namespace alone, and goes with it.
 type stage struct {
@@ -436,7 +436,7 @@ func Overlays(dir string) error {
 		return unix.Close(fd)
 	}
 	if errors.Is(err, unix.EINVAL) && !appendsLayers() {
-		return nil // mount(2) does it in the child; here it would be seen
+		return nil // mount(2) does it in the launcher; here it would be seen
 	}
 	return hint(r, err)
 }

@@ -11,7 +11,7 @@ import (
 )
 
 // MountPoints returns the paths [Runner.Run] will mount on. They must exist in the
-// root, but for those inside an earlier mount: the child makes these, and
+// root, but for those inside an earlier mount: they are made there, and
 // they are left out here. The paths are clean and absolute; symlinks in them
 // are resolved inside the root.
 func MountPoints(p Process) []MountPoint {

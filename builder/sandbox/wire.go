@@ -10,7 +10,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// What goes through the pipes between filo and its children is written by encode and read by decode, which the same
+// What goes through sockets and pipes between filo and its children is written by encode and read by decode, which the same
 // program does. It is no package of the library's: those that take any string initialize, and compile types, for longer
 // than the rest of a child's life.
 
