@@ -151,7 +151,6 @@ type procMount struct {
 	blanks []int // a mount of an empty directory for each one that is hidden
 	null   int   // /dev/null
 	bare   bool  // nothing is hidden
-	root   int   // of the process
 	extra  []placement
 }
 
@@ -200,8 +199,7 @@ func (p *procMount) mount(q *sequence) {
 	}
 	for _, e := range p.extra {
 		step := "mount " + e.target
-		how := &unix.OpenHow{Flags: unix.O_PATH | unix.O_CLOEXEC, Resolve: unix.RESOLVE_IN_ROOT | unix.RESOLVE_NO_MAGICLINKS}
-		place := q.add(step, unix.SYS_OPENAT2, p.root, e.target, unsafe.Pointer(how), unsafe.Sizeof(*how))
+		place := q.openInside(step, e.target, 0)
 		q.add(step, unix.SYS_MOVE_MOUNT, e.mount, "", place, "", onto)
 	}
 }

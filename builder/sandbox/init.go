@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"errors"
 	"fmt"
+	"math"
 	"os"
 	"runtime"
 	"slices"
@@ -70,7 +71,9 @@ func begin() (*handover, error) {
 func (h *handover) become(q *sequence, sameGroups bool) error {
 	p := h.Process
 	if inProc(p.Dir) {
-		q.add("change to working directory "+p.Dir, unix.SYS_CHDIR, p.Dir)
+		// Not chdir: links in there lead to the files that the launcher has open, the host's root among them.
+		dir := q.openInside("open working directory "+p.Dir, p.Dir, unix.O_DIRECTORY)
+		q.add("change to working directory "+p.Dir, unix.SYS_FCHDIR, dir)
 	} else {
 		fd, err := workingDirectory(p.Dir, p.UID, p.GID)
 		if err != nil {
@@ -81,6 +84,11 @@ func (h *handover) become(q *sequence, sameGroups bool) error {
 			return at("change to working directory "+p.Dir, err)
 		}
 	}
+	// Nothing is left that /proc/self/fd could lead to, for the program may be looked for there as well.
+	q.add("close files", unix.SYS_CLOSE, orderFD)
+	q.ignore()
+	q.add("close files", unix.SYS_CLOSE_RANGE, reportFD+1, uintptr(math.MaxUint32), 0)
+	q.tolerate(0, unix.ENOSYS, unix.EPERM) // they are closed by the execution at the latest
 	q.add("set umask", unix.SYS_UMASK, 0o22)
 	q.heedSignals()
 	if err := q.dropPowers(p, h.Filter, sameGroups); err != nil {
@@ -151,7 +159,6 @@ func enterRoot(h *handover) (*procMount, error) {
 			return nil, at("hide files", err)
 		}
 	}
-	proc.root = in.fd
 	extra = slices.DeleteFunc(extra, func(p placement) bool {
 		late := inProc(p.target)
 		if late {

@@ -531,6 +531,23 @@ func TestRunMountsOnProc(t *testing.T) {
 	}
 }
 
+// TestRunStaysInside names files that the launcher has open as working directory and as program.
+func TestRunStaysInside(t *testing.T) {
+	b := newBox(t)
+	for fd := 3; fd < 40; fd++ {
+		p := b.process("ls", ".")
+		p.Dir = fmt.Sprintf("/proc/self/fd/%d", fd)
+		if out, err := b.run(p); err == nil {
+			t.Errorf("works in %s: %s", p.Dir, out)
+		}
+		p = b.process("pwd")
+		p.Args[0] = fmt.Sprintf("/proc/self/fd/%d%s/base/bin/%s", fd, b.dir, insideName)
+		if out, err := b.run(p); err == nil {
+			t.Errorf("executes %s: %s", p.Args[0], out)
+		}
+	}
+}
+
 func TestRunReadOnly(t *testing.T) {
 	b := newBox(t)
 	for _, args := range [][]string{

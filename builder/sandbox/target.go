@@ -6,6 +6,7 @@ import (
 	"os"
 	"path"
 	"strings"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 )
@@ -96,6 +97,16 @@ func openIn(dir int, name string, flags uint64) (int, error) {
 		}
 		return fd, nil
 	}
+}
+
+// openInside adds the calls of openIn for the root that the child has.
+func (q *sequence) openInside(step, name string, flags uint64) result {
+	root := q.add(step, unix.SYS_OPENAT, unix.AT_FDCWD, "/", unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	how := &unix.OpenHow{
+		Flags:   flags | unix.O_PATH | unix.O_CLOEXEC,
+		Resolve: unix.RESOLVE_IN_ROOT | unix.RESOLVE_NO_MAGICLINKS,
+	}
+	return q.add(step, unix.SYS_OPENAT2, root, name, unsafe.Pointer(how), unsafe.Sizeof(*how))
 }
 
 // inside is the root seen from inside, after the pivot.
