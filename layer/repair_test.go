@@ -33,10 +33,15 @@ var wrongs = map[string]func(path string) error{
 		if err != nil {
 			return err
 		}
-		return os.Truncate(path, info.Size()/2)
+		return shorten(path, info.Size()/2)
 	},
-	"empty": func(path string) error { return os.Truncate(path, 0) },
+	"empty": func(path string) error { return shorten(path, 0) },
 	"gone":  os.Remove,
+}
+
+// shorten cuts a file that nobody may write to.
+func shorten(path string, size int64) error {
+	return errors.Join(os.Chmod(path, 0o644), os.Truncate(path, size))
 }
 
 // TestKeptTwice damages manifests and the like, and their second copies: one of both is enough.
