@@ -193,7 +193,10 @@ func (b *Builder) Build(ctx context.Context, req Request) (Result, error) {
 	if jobs == 0 {
 		jobs = 4 * runtime.GOMAXPROCS(0)
 	}
-	bd := &build{Builder: b, req: req, runner: sandbox.Runner{Filter: seccomp.Docker}, jobs: semaphore.NewWeighted(int64(jobs)), bases: newOnce[baseKey, *image.Image](), files: newOnce[string, *cache.Files](), steps: newOnce[cache.Key, memory]()}
+	bd := &build{
+		Builder: b, req: req, jobs: semaphore.NewWeighted(int64(jobs)), runner: sandbox.Runner{Filter: seccomp.Docker},
+		bases: newOnce[baseKey, *image.Image](), files: newOnce[string, *cache.Files](), steps: newOnce[cache.Key, memory](),
+	}
 	defer bd.runner.Close()
 	return bd.run(ctx)
 }

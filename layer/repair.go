@@ -109,7 +109,7 @@ func (s *Store) revive(ctx context.Context, d digest.Digest) bool {
 // one that is damaged mended, one that is lost made again. If it can be had from nowhere, the error wraps fs.ErrNotExist.
 func (s *Store) Ensure(ctx context.Context, d digest.Digest) error {
 	if info, err := os.Lstat(s.blobPath(d)); err == nil && s.sound(d, info) { // else it is mended or removed
-		if s.stamped(info) { // else it has just been
+		if s.stamped(info) || s.blobMark() == 0 { // else it has just been
 			s.used(s.blobPath(d), info)
 		}
 		return nil

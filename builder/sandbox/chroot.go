@@ -86,13 +86,13 @@ func (r *Runner) runChroot(ctx context.Context, p Process) (err error) {
 		return &SetupError{Step: "start", Err: err}
 	}
 	defer out.close()
+	defer out.finish()
 	k, err := startKeeper(out)
-	out.start()
+	out.leave()
 	if err != nil {
 		return &SetupError{Step: "start", Err: err}
 	}
 	defer k.close()
-	defer out.finish()
 	if err := b.put(k.process.Pid); err != nil && p.Limits != (Limits{}) {
 		k.process.Kill()
 		k.process.Wait()

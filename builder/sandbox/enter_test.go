@@ -14,9 +14,9 @@ import (
 	"testing"
 	"time"
 
-	"filo/builder/sandbox/seccomp"
-
 	"golang.org/x/sys/unix"
+
+	"filo/builder/sandbox/seccomp"
 )
 
 // With these in its environment, the test program enters a ground, says which,

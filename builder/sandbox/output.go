@@ -2,6 +2,7 @@ package sandbox
 
 import (
 	"errors"
+	"fmt"
 	"io"
 	"os"
 	"syscall"
@@ -68,4 +69,78 @@ func (o *output) write(b []byte) {
 		return
 	}
 	_, o.err = o.to.Write(b)
+}
+
+// outputs are the pipes of what a process prints.
+type outputs struct {
+	stdout, stderr *os.File // its ends, until leave
+	null           *os.File
+	pipes          []*output
+}
+
+// newOutputs makes them and begins to read. Standard error goes where standard output goes if the writers are the same.
+func newOutputs(p Process) (o *outputs, err error) {
+	o = &outputs{}
+	if o.null, err = os.OpenFile(os.DevNull, os.O_RDWR, 0); err != nil {
+		return nil, err
+	}
+	o.stdout, o.stderr = o.null, o.null
+	add := func(to io.Writer) *os.File {
+		if to == nil || err != nil {
+			return o.null
+		}
+		var r, w *os.File
+		if r, w, err = os.Pipe(); err != nil {
+			return o.null
+		}
+		o.pipes = append(o.pipes, &output{from: r, to: to, done: make(chan struct{})})
+		return w
+	}
+	o.stdout = add(p.Stdout)
+	if same(p.Stdout, p.Stderr) {
+		o.stderr = o.stdout
+	} else {
+		o.stderr = add(p.Stderr)
+	}
+	if err != nil {
+		o.leave()
+		o.close()
+		return nil, err
+	}
+	for _, p := range o.pipes {
+		go p.pump()
+	}
+	return o, nil
+}
+
+// leave closes the ends of the process, once it has them or never will.
+func (o *outputs) leave() {
+	for _, f := range []*os.File{o.stdout, o.stderr, o.null} {
+		f.Close() // those closed before say so, and that is all
+	}
+}
+
+// finish waits until all output is written. With its first process the whole
+// pid namespace is gone, so all there will ever be is in the pipes.
+func (o *outputs) finish() {
+	for _, p := range o.pipes {
+		p.finish()
+	}
+}
+
+// written turns an end that looked like success into an error if the output
+// did not reach its writer.
+func (o *outputs) written(err error) error {
+	for _, p := range o.pipes {
+		if err == nil && p.err != nil {
+			err = fmt.Errorf("write output: %w", p.err)
+		}
+	}
+	return err
+}
+
+func (o *outputs) close() {
+	for _, p := range o.pipes {
+		p.from.Close()
+	}
 }

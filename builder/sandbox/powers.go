@@ -7,9 +7,9 @@ import (
 	"syscall"
 	"unsafe"
 
-	"filo/builder/sandbox/nofile"
-
 	"golang.org/x/sys/unix"
+
+	"filo/builder/sandbox/nofile"
 )
 
 // defaultCapabilities are Docker's: mask a80425fb.

@@ -18,9 +18,9 @@ import (
 	"testing"
 	"time"
 
-	"filo/builder/sandbox/seccomp"
-
 	"golang.org/x/sys/unix"
+
+	"filo/builder/sandbox/seccomp"
 )
 
 // The program in the sandbox is this test program itself, by another name.

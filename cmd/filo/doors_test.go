@@ -83,7 +83,7 @@ var goFiles = map[string]bool{
 	"cmd/filo/terminal.go":      true, // redraws, until the display is closed
 	"cmd/filo/ssh.go":           true, // answers an ssh client, until it hangs up
 	"builder/sandbox/enter.go":  true, // passes signals on, until the process ends
-	"builder/sandbox/runner.go": true, // reads a process's output, until Run has seen its end
+	"builder/sandbox/output.go": true, // reads a process's output, until Run has seen its end
 	"layer/compress.go":         true, // reads ahead, until Close
 	"layer/estargz.go":          true, // compresses, until Close
 }

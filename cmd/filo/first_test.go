@@ -9,7 +9,7 @@ import (
 )
 
 // TestFirst sees that package sandbox initializes early: it ends a child's way through the program there, and whatever
-// comes before it is paid by each RUN.
+// comes before it is paid by each build that runs something, and by each RUN in a chroot.
 func TestFirst(t *testing.T) {
 	self, err := os.Executable()
 	if err != nil {
