@@ -198,7 +198,9 @@ func (b *Builder) Build(ctx context.Context, req Request) (Result, error) {
 		bases: newOnce[baseKey, *image.Image](), files: newOnce[string, *cache.Files](), steps: newOnce[cache.Key, memory](),
 	}
 	defer bd.runner.Close()
-	return bd.run(ctx)
+	bd.trial.ctx, bd.trial.stop = context.WithCancelCause(ctx)
+	defer bd.trial.stop(nil)
+	return bd.run(bd.trial.ctx)
 }
 
 // build is the state of one Build.
@@ -213,6 +215,7 @@ type build struct {
 	made        madeList
 	cacheMounts sync.Map // directories of those used by this build
 	runner      sandbox.Runner
+	trial       trial
 }
 
 // vertex is one line of progress.

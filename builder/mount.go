@@ -177,6 +177,7 @@ func (w *walk) bind(ctx context.Context, m mount) (sandbox.Mount, func(), error)
 	if err != nil {
 		return sandbox.Mount{}, nil, err
 	}
+	w.trial.await(o.Trees)
 	root := rootOf(o)
 	if m.ReadOnly {
 		root.Upper, root.Work = "", ""
@@ -216,6 +217,9 @@ type CacheMount struct {
 
 // cacheMount shows a directory that outlives the build. Its identity is its ID and how it begins.
 func (w *walk) cacheMount(ctx context.Context, m mount) (sandbox.Mount, func(), error) {
+	if err := w.trial.verdict(); err != nil { // what is written there cannot be held back
+		return sandbox.Mount{}, nil, err
+	}
 	h := sha256.New()
 	fmt.Fprintf(h, "%q %v %v %v\n", m.ID, deref(m.Mode, 0o755), deref(m.UID, 0), deref(m.GID, 0))
 	if m.HasFrom {

@@ -91,6 +91,9 @@ func (b *build) run(ctx context.Context) (Result, error) {
 		})
 	}
 	err := g.Wait()
+	if verdict := b.trial.end(); verdict != nil {
+		err = verdict
+	}
 	for _, f := range b.files.all() {
 		err = errors.Join(err, f.Save())
 	}

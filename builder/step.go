@@ -80,7 +80,7 @@ func (w *walk) try(ctx context.Context, r *stageRun, st dockerfile.Step, name st
 		return err
 	}
 	if k.sketch.key != "" {
-		w.keep(k.sketch, cache.Record{Layer: m.layer.DiffID, Created: m.created, Same: k.own.key})
+		w.keep(k.sketch, cache.Record{Layer: m.layer.DiffID, Created: m.created, Same: k.own.key}, nothing)
 	}
 	w.put(ctx, v, r, st, m, k.own.key, k.sketch.key)
 	return nil
@@ -256,20 +256,26 @@ func (w *walk) remembered(ctx context.Context, v *vertex, q question, do func(co
 	if err != nil {
 		return memory{}, err
 	}
-	defer unlock()
+	m, made, err := w.recallOrMake(ctx, q, do)
+	if !made {
+		unlock()
+		return m, err
+	}
+	w.keep(q, cache.Record{Layer: m.layer.DiffID, Created: m.created}, unlock)
+	return m, nil
+}
+
+// recallOrMake is remembered for who holds the lock of q. It reports whether the layer was made now.
+func (w *walk) recallOrMake(ctx context.Context, q question, do func(context.Context, int64) (layer.Layer, error)) (memory, bool, error) {
 	if m, ok := w.recall(q.key); ok && !q.fresh {
-		return m, nil
+		return m, false, nil
 	}
 	if m, ok := w.recallShared(ctx, q); ok && !q.fresh {
-		return m, nil
+		return m, false, nil
 	}
 	created := w.Now().Unix()
 	l, err := do(ctx, created)
-	if err != nil {
-		return memory{}, err
-	}
-	w.keep(q, cache.Record{Layer: l.DiffID, Created: created})
-	return memory{layer: l, created: created}, nil
+	return memory{layer: l, created: created}, err == nil, err
 }
 
 // verify does a hit again, if the build asks for that, and compares. What a RUN makes may well depend on more than its
@@ -318,17 +324,25 @@ func (w *walk) recallShared(ctx context.Context, q question) (memory, bool) {
 	if !ok || !w.Store.Has(layer.Layer{DiffID: rec.Layer}) {
 		return memory{}, false
 	}
-	w.keep(q, rec)
+	w.keep(q, rec, nothing)
 	return memory{layer: layer.Layer{DiffID: rec.Layer}, created: rec.Created, hit: true}, true
 }
 
-// keep remembers rec for q. The build is right without it.
-func (w *walk) keep(q question, rec cache.Record) {
+// keep remembers rec for q, as soon as it is sure that it holds, and calls then. The build is right without it.
+func (w *walk) keep(q question, rec cache.Record, then func()) {
 	rec.Op, rec.Inputs = q.op, q.inputs
-	if err := w.Cache.Put(q.key, rec); err != nil {
-		w.warn("cache: %v", err)
-	}
+	w.trial.then(func(verdict error) {
+		defer then()
+		if verdict != nil {
+			return
+		}
+		if err := w.Cache.Put(q.key, rec); err != nil {
+			w.warn("cache: %v", err)
+		}
+	})
 }
+
+func nothing() {}
 
 // madeList collects what steps made.
 type madeList struct {

@@ -223,7 +223,7 @@ func (s *Store) loseTree(l Layer) error {
 		return err
 	}
 	s.mu.Lock()
-	delete(s.whole, l.DiffID)
+	delete(s.compared, l.DiffID)
 	s.mu.Unlock()
 	s.dropTree(l, dir)
 	return removeAll(dir)

@@ -20,7 +20,7 @@
 // from the caller's function) and knows neither Dockerfiles nor cache keys.
 //
 // Start at [Open]. writer.go makes layers (ahead.go reads for it), unpack.go reads foreign ones, blob.go holds the
-// compressed side (estargz.go the seekable one), tree.go the unpacked one, index.go the entry list, view.go stacks indexes,
+// compressed side (estargz.go the seekable one), tree.go the unpacked one (inspect.go looks at it while it is used), index.go the entry list, view.go stacks indexes,
 // overlay.go and snapshot.go serve RUN, storage.go does so without overlays, names.go keeps index.json, repair.go and
 // parity.go bring back what was damaged, prune.go throws away.
 package layer
@@ -84,14 +84,16 @@ type Store struct {
 	promises map[digest.Digest][]promise       // by diff ID
 	promised map[digest.Digest]Layer           // by blob digest
 	turns    map[string]chan struct{}          // the goroutines' half of Lock
-	whole    map[digest.Digest]bool            // trees known to be whole
+	compared map[digest.Digest]*comparison     // trees that are compared with their indexes, or were
 	verified map[digest.Digest]int64           // mtimes of blobs that were read and right
 	stubs    map[string]string                 // directories of stubs, by what is in them
 
-	discards sync.WaitGroup // removals that go on
-	gzips    [10]sync.Pool  // compressors that are done, by level
-	tell     func(what string)
-	pulling  Pulling
+	behind  sync.WaitGroup  // removals and comparisons that go on
+	ctx     context.Context // of comparisons; ends with the store
+	stop    context.CancelFunc
+	gzips   [10]sync.Pool // compressors that are done, by level
+	tell    func(what string)
+	pulling Pulling
 }
 
 // Options of [Open].
@@ -141,10 +143,11 @@ func Open(dir string, o Options) (*Store, error) {
 		promises: map[digest.Digest][]promise{},
 		promised: map[digest.Digest]Layer{},
 		turns:    map[string]chan struct{}{},
-		whole:    map[digest.Digest]bool{},
+		compared: map[digest.Digest]*comparison{},
 		verified: map[digest.Digest]int64{},
 		stubs:    map[string]string{},
 	}
+	s.ctx, s.stop = context.WithCancel(context.Background())
 	for _, sub := range []string{"blobs/sha256", "layers", "tmp", "locks"} {
 		if err := os.MkdirAll(filepath.Join(dir, sub), 0o755); err != nil {
 			return nil, fmt.Errorf("open store: %w", err)
@@ -299,14 +302,15 @@ func isSHA256(d string) bool {
 
 // discard removes a temporary directory while the caller goes on. What it cannot remove is left for Close.
 func (s *Store) discard(dir string) {
-	s.discards.Go(func() { _ = removeAll(dir) })
+	s.behind.Go(func() { _ = removeAll(dir) })
 }
 
 // Close removes this process's temporary files and gives up its locks. The
 // store must not be used after.
 func (s *Store) Close() error {
 	var err error
-	s.discards.Wait()
+	s.stop()
+	s.behind.Wait()
 	if s.tmp != "" {
 		err = removeAll(s.tmp)
 		s.tmpFD.Close()

@@ -30,6 +30,8 @@ type Overlay struct {
 	Work  string
 	Root  string // with other storage than overlay, instead of all these: a directory with the files of all layers, to be changed in place
 
+	Trees Inspection // of Lower
+
 	dir    string
 	kept   bool // the upper became a layer
 	view   *View
@@ -38,13 +40,14 @@ type Overlay struct {
 }
 
 // Overlay unpacks the layers, lowest first, that are not unpacked yet, side by side, and
-// makes an upper directory for them. Mount points that the layers lack are put in an extra
+// makes an upper directory for them. It does not wait until those that are unpacked have been
+// inspected. Mount points that the layers lack are put in an extra
 // top lower directory, so that they never show up in the upper. No layers are fine.
 func (s *Store) Overlay(ctx context.Context, layers []Layer, points []MountPoint) (*Overlay, error) {
 	if s.merges() {
 		return s.mergedOverlay(ctx, layers, points)
 	}
-	trees, err := s.trees(ctx, layers)
+	trees, inspection, err := s.trees(ctx, layers)
 	if err != nil {
 		return nil, err
 	}
@@ -57,7 +60,7 @@ func (s *Store) Overlay(ctx context.Context, layers []Layer, points []MountPoint
 		return nil, err
 	}
 	o := &Overlay{
-		Lower: trees, Upper: filepath.Join(dir, "upper"), Work: filepath.Join(dir, "work"),
+		Lower: trees, Upper: filepath.Join(dir, "upper"), Work: filepath.Join(dir, "work"), Trees: inspection,
 		dir: dir, view: view, stubs: map[string]Entry{},
 	}
 	if err := s.fill(o, points); err != nil {
@@ -82,25 +85,29 @@ func (o *Overlay) Close() error {
 }
 
 // trees returns the directories of the unpacked layers, highest first.
-func (s *Store) trees(ctx context.Context, layers []Layer) ([]string, error) {
+func (s *Store) trees(ctx context.Context, layers []Layer) ([]string, Inspection, error) {
 	trees := make([]string, len(layers))
+	found := make([]*comparison, len(layers))
 	g, ctx := errgroup.WithContext(ctx)
 	g.SetLimit(parallel)
 	for i, l := range layers {
-		at := &trees[len(layers)-1-i]
-		if s.isWhole(l) { // as most are but in the first step
-			*at = s.treePath(l)
+		trees[len(layers)-1-i] = s.treePath(l)
+		if s.comparison(l) == wholeTree { // as most are but in the first step
 			continue
 		}
-		g.Go(func() (err error) {
-			*at, err = s.Tree(ctx, l)
+		g.Go(func() error {
+			if found[i] = s.inspect(l); found[i] != nil && !found[i].failed() {
+				return nil
+			}
+			found[i] = nil
+			_, err := s.Tree(ctx, l)
 			return err
 		})
 	}
 	if err := g.Wait(); err != nil {
-		return nil, err
+		return nil, Inspection{}, err
 	}
-	return once(trees), nil
+	return once(trees), newInspection(layers, found), nil
 }
 
 // once keeps the first of equal trees. The kernel refuses to mount one twice (ELOOP), and

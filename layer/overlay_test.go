@@ -238,7 +238,7 @@ func TestOverlayOfNothing(t *testing.T) {
 	if err := failed.Close(); err != nil {
 		t.Error(err)
 	}
-	s.discards.Wait()
+	s.behind.Wait()
 	if _, err := os.Lstat(failed.dir); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("after Close without Snapshot: %v", err)
 	}

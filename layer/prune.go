@@ -202,7 +202,7 @@ func (s *Store) forget(l Layer) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	delete(s.indexes, l.DiffID)
-	delete(s.whole, l.DiffID)
+	delete(s.compared, l.DiffID)
 }
 
 func (p *pruning) sweepLocks() error {

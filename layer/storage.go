@@ -188,16 +188,16 @@ func (s *Store) giveBack(m *merged) error {
 
 // Prepare makes ready what Overlay of the same layers needs, lest their files are unpacked
 // one by one meanwhile.
-func (s *Store) Prepare(ctx context.Context, layers []Layer) error {
+func (s *Store) Prepare(ctx context.Context, layers []Layer) (Inspection, error) {
 	if !s.merges() {
-		_, err := s.trees(ctx, layers)
-		return err
+		_, inspection, err := s.trees(ctx, layers)
+		return inspection, err
 	}
 	m, err := s.merge(ctx, layers)
 	if err != nil {
-		return fmt.Errorf("merge layers: %w", err)
+		return Inspection{}, fmt.Errorf("merge layers: %w", err)
 	}
-	return s.giveBack(m)
+	return Inspection{}, s.giveBack(m)
 }
 
 // merge returns a directory of all the layers for the caller alone, who gives it back or removes it.

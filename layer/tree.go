@@ -73,36 +73,13 @@ func (s *Store) treeOrigin() treeOrigin {
 
 // hasTree says whether there is a tree of l that was made since the last boot and that nobody wrote to.
 func (s *Store) hasTree(l Layer) bool {
-	if s.isWhole(l) {
-		return true
-	}
-	made, err := s.readOrigin(l)
-	if err != nil || made != s.treeOrigin() || made.Boot == "" {
-		return false
-	}
-	x := s.cachedIndex(l)
-	if x == nil {
-		if x, err = s.loadIndex(l); err != nil {
-			return false
-		}
-	}
-	if (&treeCheck{dir: s.treePath(l), x: x, plain: made.Plain}).run(context.Background()) != nil {
-		return false
-	}
-	s.trustTree(l)
-	return true
-}
-
-// isWhole says whether the tree of l is known to be what it should.
-func (s *Store) isWhole(l Layer) bool {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.whole[l.DiffID]
+	c := s.inspect(l)
+	return c != nil && c.wait(context.Background()) == nil
 }
 
 func (s *Store) trustTree(l Layer) {
 	s.mu.Lock()
-	s.whole[l.DiffID] = true
+	s.compared[l.DiffID] = wholeTree
 	s.mu.Unlock()
 	s.touch(s.layerDir(l))
 }

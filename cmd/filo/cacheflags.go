@@ -133,8 +133,8 @@ func (j *job) produce(ctx context.Context, b *builder.Builder, shared *remote.Ca
 		if err == nil || ctx.Err() != nil || !again {
 			return result, exported, err
 		}
-		// What is lost is gone from the store now, so that the step which made it is done again.
-		if errors.Is(err, layer.ErrLost) && try < maxLost {
+		// What is lost is gone from the store now, so that the step which made it is done again; what is unsound is made anew.
+		if (errors.Is(err, layer.ErrLost) || errors.Is(err, layer.ErrUnsound)) && try < maxLost {
 			continue
 		}
 		// Forget is asked only after a failure, since it withdraws the promises that were tried.

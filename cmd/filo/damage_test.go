@@ -110,6 +110,68 @@ func TestDamage(t *testing.T) {
 	t.Logf("%d files damaged; states by kind of file: %v", n, kinds)
 }
 
+// TestUnsound damages a file of a big layer: a step has read it before that is noticed.
+func TestUnsound(t *testing.T) {
+	needGround(t)
+	const files = 8000
+	d := &damage{t: t, host: startRegistry(t), dir: t.TempDir(), state: filepath.Join(t.TempDir(), "state")}
+	t.Cleanup(func() { sweepState(d.state) })
+	context := filepath.Join(d.dir, "many")
+	for i := range files {
+		p := filepath.Join(context, "files", fmt.Sprint(i/100), fmt.Sprint(i))
+		if i%100 == 0 {
+			if err := os.MkdirAll(filepath.Dir(p), 0o777); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if err := os.WriteFile(p, nil, 0o666); err != nil {
+			t.Fatal(err)
+		}
+	}
+	const last = "files/zz"
+	if err := os.WriteFile(filepath.Join(context, last), []byte("as it was"), 0o666); err != nil {
+		t.Fatal(err)
+	}
+	build := func(last string) (digest string) {
+		t.Helper()
+		text := "FROM toybox AS all\nCOPY files /files\n" + last + "\nFROM scratch\nCOPY --from=all /copy /\n"
+		if err := os.WriteFile(filepath.Join(context, "Dockerfile"), []byte(text), 0o666); err != nil {
+			t.Fatal(err)
+		}
+		out := filepath.Join(d.dir, "out")
+		os.RemoveAll(out)
+		_, err := d.run(d.state, "build", "-o", "type=oci,tar=false,dest="+out, "-o", "type=local,dest="+filepath.Join(d.dir, "files"), context)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if digest, err = wholeLayout(out); err != nil {
+			t.Fatal(err)
+		}
+		return digest
+	}
+	build("RUN echo first > /copy")
+	const read = "RUN cat /" + last + " > /copy"
+	trees, err := filepath.Glob(filepath.Join(d.state, "layers/*/tree", last))
+	if err != nil || len(trees) != 1 {
+		t.Fatal(trees, err)
+	}
+	hurt(t, trees[0], "cut", 3)
+	d.told = false
+	digest := build(read)
+	if !d.told {
+		t.Error("nobody was told")
+	}
+	for range 2 {
+		got, err := os.ReadFile(filepath.Join(d.dir, "files", "copy"))
+		if err != nil || string(got) != "as it was" {
+			t.Fatalf("%q, %v", got, err)
+		}
+		if again := build(read); again != digest {
+			t.Fatalf("cached image is %s, was %s", again, digest)
+		}
+	}
+}
+
 // checkBlobs damages the blobs of one state after another: each comes back.
 func (d *damage) checkBlobs() {
 	d.t.Helper()
