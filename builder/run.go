@@ -39,6 +39,7 @@ type runStep struct {
 	mounts []mount
 	more   bool // another RUN follows in the stage
 	sinks  layer.Sinks
+	based  int // how many of the layers below are those of an image
 }
 
 func (b *build) runKey(r runStep, platform string) runKey {
@@ -73,16 +74,12 @@ func (b *build) network(op *dockerfile.Run) string {
 func (w *walk) run(ctx context.Context, v *vertex, r runStep, below []layer.Layer) (layer.Layer, error) {
 	w.runner.Expect(w.req.Ground, w.req.Limits, r.op.Insecure)
 	unpacked := v.phase(Unpacking)
-	trees, err := w.Store.Prepare(ctx, below) // before View, which would read blobs for their indexes alone
+	view, trees, err := w.Store.Prepare(ctx, below, r.based)
 	unpacked()
 	if err != nil {
 		return layer.Layer{}, err
 	}
 	w.trial.await(trees)
-	view, err := w.Store.View(ctx, below)
-	if err != nil {
-		return layer.Layer{}, err
-	}
 	acc, err := readAccounts(view)
 	if err != nil {
 		return layer.Layer{}, err

@@ -43,6 +43,7 @@ type stageRun struct {
 	config   dockerfile.Config
 	layers   []layer.Layer
 	chain    digest.Digest // the chain ID of layers
+	based    int           // how many of layers are those of the image that the stage, or the one it starts from, is based on
 	history  []ocispec.History
 	created  *time.Time // of the newest layer; nil for none
 	osFields ocispec.Platform
@@ -308,6 +309,7 @@ func (w *walk) from(ctx context.Context, s *dockerfile.Stage) (*stageRun, error)
 			return nil, err
 		}
 		r.config, r.layers, r.chain, r.history, r.created, r.osFields = base.config, base.layers, base.chain, base.history, base.created, base.osFields
+		r.based = base.based
 		if s.Platform == nil {
 			r.platform = base.platform
 		}
@@ -333,6 +335,7 @@ func (w *walk) fromImage(ctx context.Context, s *dockerfile.Stage, r *stageRun) 
 	}
 	r.config = dockerfile.Config{DockerOCIImageConfig: img.Config.Config, Author: img.Config.Author}
 	r.layers, r.chain, r.history, r.created = img.Layers, layer.ChainID(img.Layers), img.Config.History, img.Config.Created
+	r.based = len(r.layers)
 	r.osFields.OSVersion, r.osFields.OSFeatures = img.Config.OSVersion, img.Config.OSFeatures
 	r.osFields.OS, r.osFields.Architecture, r.osFields.Variant = img.Config.OS, img.Config.Architecture, img.Config.Variant
 	if img.WrongPlatform {

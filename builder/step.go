@@ -210,7 +210,7 @@ func (w *walk) preparedRun(ctx context.Context, r *stageRun, op *dockerfile.Run)
 	if err != nil {
 		return task{}, err
 	}
-	run.more, run.sinks = r.runs(r.next+1), w.runSinks(r)
+	run.more, run.sinks, run.based = r.runs(r.next+1), w.runSinks(r), r.based
 	below := r.layers
 	return task{op: w.runKey(run, r.platformName()), close: func() error { return nil },
 		do: func(ctx context.Context, v *vertex, created int64) (layer.Layer, error) {

@@ -1,28 +1,28 @@
-// Package layer is the store of filo: layers as blobs, indexes and trees, kept
-// in a directory that is an OCI image layout and that any number of filo
-// processes share.
+// Package layer is the store of filo: layers as blobs, indexes and trees, kept in a directory that is an OCI image layout
+// and that any number of filo processes share.
 //
-// A layer is a list of entries in canonical order ([Entry]); it is named by
-// the digest of its tar, the diff ID. What is kept of it:
+// A layer is a list of entries in canonical order ([Entry]), named by the digest of its tar, the diff ID. Kept of it is:
 //
 //	blobs/sha256/<hex>        the tar, compressed or not (and manifests and configs)
 //	layers/<hex>/index        the entries, searchable; .whole: found whole since the last boot
 //	layers/<hex>/tree         unpacked as an overlay lower directory; .json: by which boot and id map
 //	layers/<hex>/blobs        which blobs hold it: JSON, algorithm, level, descriptor
+//	flat/<hex>                which layers show what those of a base show, by its chain ID: a digest, JSON
 //	index.json, index.copy    the images that there are, twice
 //	copies/<hex>              manifests and the like again; .parity: what a layer's blob is mended by
 //	tmp/<process>, locks/     unfinished work and the files behind [Store.Lock]
 //
-// Everything appears by rename of a finished temporary; names are content
-// addressed, so that two that make the same do no harm. On power cuts see durable.go.
+// Everything appears by rename of a finished temporary; names are content addressed, so that two that make the same do
+// no harm. On power cuts see durable.go.
 //
-// It never mounts, runs nothing, speaks to no network (a promised blob comes
-// from the caller's function) and knows neither Dockerfiles nor cache keys.
+// It never mounts, runs nothing, speaks to no network (a promised blob comes from the caller's function) and knows neither
+// Dockerfiles nor cache keys.
 //
 // Start at [Open]. writer.go makes layers (ahead.go reads for it), unpack.go reads foreign ones, blob.go holds the
-// compressed side (estargz.go the seekable one), tree.go the unpacked one (inspect.go looks at it while it is used), index.go the entry list, view.go stacks indexes,
-// overlay.go and snapshot.go serve RUN, storage.go does so without overlays, names.go keeps index.json, repair.go and
-// parity.go bring back what was damaged, prune.go throws away.
+// compressed side (estargz.go the seekable one), tree.go the unpacked one (inspect.go looks at it while it is used),
+// index.go the entry list, view.go stacks indexes, overlay.go and snapshot.go serve RUN (flatten.go makes few layers of
+// many, storage.go does without overlays), names.go keeps index.json, repair.go and parity.go bring back what was damaged,
+// prune.go throws away.
 package layer
 
 import (
@@ -87,6 +87,7 @@ type Store struct {
 	compared map[digest.Digest]*comparison     // trees that are compared with their indexes, or were
 	verified map[digest.Digest]int64           // mtimes of blobs that were read and right
 	stubs    map[string]string                 // directories of stubs, by what is in them
+	short    []shortStack                      // of bases
 
 	behind  sync.WaitGroup  // removals and comparisons that go on
 	ctx     context.Context // of comparisons; ends with the store
@@ -117,6 +118,7 @@ any OCI tool. Beside it:
   copies/     manifests and configs of images again, and what blobs of layers
               are mended by, for when one in blobs/ is damaged
   layers/     entry lists and unpacked trees of layers, by diff ID
+  flat/       which layers stand for many small ones while a step runs
   steps/      what build steps made, by cache key
   builds/     what the last builds did, for filo history ls
   files/      digests of build context files, remembered by stat
@@ -335,8 +337,8 @@ func (s *Store) Has(l Layer) bool {
 
 // Lock waits until no other goroutine or process holds the lock called name,
 // and takes it. It is not reentrant. unlock may be called more than once. If
-// the process dies its locks are free. Names that begin with "layer ", "blob "
-// and "blobs " are the store's own.
+// the process dies its locks are free. Names that begin with "layer ", "blob ",
+// "blobs " and "flat " are the store's own.
 func (s *Store) Lock(ctx context.Context, name string) (unlock func(), err error) {
 	s.mu.Lock()
 	turn := s.turns[name]

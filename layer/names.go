@@ -104,16 +104,24 @@ func parseNames(data []byte) (*ocispec.Index, bool) {
 }
 
 // keptNames returns what index.copy holds, nil if that is missing or damaged.
-func (s *Store) keptNames() []byte {
-	data, err := os.ReadFile(s.inDir(indexCopy))
+func (s *Store) keptNames() []byte { return readSealed(s.inDir(indexCopy)) }
+
+// sealed is data after a line with its digest.
+func sealed(data []byte) []byte {
+	return append([]byte(digest.FromBytes(data).String()+"\n"), data...)
+}
+
+// readSealed returns the data that was sealed in a file, nil if that is missing or damaged.
+func readSealed(file string) []byte {
+	text, err := os.ReadFile(file)
 	if err != nil {
 		return nil
 	}
-	sum, kept, _ := bytes.Cut(data, []byte("\n"))
-	if digest.FromBytes(kept) != digest.Digest(sum) {
+	sum, data, _ := bytes.Cut(text, []byte("\n"))
+	if digest.FromBytes(data) != digest.Digest(sum) {
 		return nil
 	}
-	return kept
+	return data
 }
 
 // salvage says that names were damaged. What of it nothing replaces is kept for people to look at, unless it is the
@@ -139,11 +147,10 @@ func (s *Store) putNames(ctx context.Context, data []byte) error {
 			return nil
 		}
 	}
-	kept := append([]byte(digest.FromBytes(data).String()+"\n"), data...)
 	for _, f := range []struct {
 		name string
 		data []byte
-	}{{indexCopy, kept}, {indexJSON, data}} {
+	}{{indexCopy, sealed(data)}, {indexJSON, data}} {
 		if err := s.putSynced(s.inDir(f.name), f.data); err != nil {
 			return fmt.Errorf("write %s: %w", f.name, err)
 		}

@@ -47,6 +47,7 @@ func (s *Store) Overlay(ctx context.Context, layers []Layer, points []MountPoint
 	if s.merges() {
 		return s.mergedOverlay(ctx, layers, points)
 	}
+	layers = s.fewer(layers)
 	trees, inspection, err := s.trees(ctx, layers)
 	if err != nil {
 		return nil, err

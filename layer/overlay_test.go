@@ -12,6 +12,7 @@ import (
 	"maps"
 	"os"
 	"os/exec"
+	"path"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -186,6 +187,9 @@ func unpackLayer(t testing.TB, s *Store, files ...file) Layer {
 	var b bytes.Buffer
 	w := tar.NewWriter(&b)
 	for _, f := range files {
+		if f.Type == Opaque {
+			f = reg(path.Join(f.Path, opaqueMarker), "")
+		}
 		h, err := header(f.Entry)
 		if err != nil {
 			t.Fatal(err)

@@ -187,17 +187,31 @@ func (s *Store) giveBack(m *merged) error {
 }
 
 // Prepare makes ready what Overlay of the same layers needs, lest their files are unpacked
-// one by one meanwhile.
-func (s *Store) Prepare(ctx context.Context, layers []Layer) (Inspection, error) {
-	if !s.merges() {
-		_, inspection, err := s.trees(ctx, layers)
-		return inspection, err
+// one by one meanwhile, and returns a View of what it will show. The lowest layers, as many as
+// base, are those of an image that others build on as well: if they are many, Overlay and that
+// View do with fewer that show the same.
+func (s *Store) Prepare(ctx context.Context, layers []Layer, base int) (*View, Inspection, error) {
+	if s.merges() {
+		m, err := s.merge(ctx, layers)
+		if err == nil {
+			err = s.giveBack(m)
+		}
+		if err != nil {
+			return nil, Inspection{}, fmt.Errorf("merge layers: %w", err)
+		}
+		view, err := s.View(ctx, layers)
+		return view, Inspection{}, err
 	}
-	m, err := s.merge(ctx, layers)
+	if err := s.shorten(ctx, layers[:base]); err != nil {
+		return nil, Inspection{}, err
+	}
+	layers = s.fewer(layers)
+	_, inspection, err := s.trees(ctx, layers) // before View, which would read blobs for their indexes alone
 	if err != nil {
-		return Inspection{}, fmt.Errorf("merge layers: %w", err)
+		return nil, Inspection{}, err
 	}
-	return Inspection{}, s.giveBack(m)
+	view, err := s.View(ctx, layers)
+	return view, inspection, err
 }
 
 // merge returns a directory of all the layers for the caller alone, who gives it back or removes it.

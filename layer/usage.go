@@ -43,7 +43,7 @@ var places = [...]struct {
 	dir  string
 }{
 	{KindLayer, "layers"}, {KindBlob, "blobs/sha256"}, {KindBlob, copies}, {KindMount, "mounts"}, {KindSource, "sources/http"}, {KindSource, "sources/images"},
-	{KindSource, "sources/blobs"}, {KindRecord, "steps"}, {KindRecord, "files"}, {KindRecord, "builds"}, {KindTemp, "tmp"},
+	{KindSource, "sources/blobs"}, {KindRecord, "steps"}, {KindRecord, "files"}, {KindRecord, "builds"}, {KindRecord, flats}, {KindTemp, "tmp"},
 }
 
 // Items lists what is in the state directory. used tells when layers were used where the store does not see it, as by
