@@ -32,7 +32,7 @@ type walk struct {
 	plan     []*dockerfile.Stage // what the target needs, and that last
 	target   *dockerfile.Stage
 	stages   *once[*dockerfile.Stage, *stageRun]
-	ship     func(*vertex, layer.Layer) // compresses a layer of the result while later steps run
+	ship     func(*vertex, ...layer.Layer) // finds or makes blobs for layers of the result while later steps run
 	inputs   inputs
 }
 
@@ -192,10 +192,14 @@ func (w *walk) result(ctx context.Context) (*image.Image, error) {
 	defer cancel()
 	blobs, bctx := errgroup.WithContext(ctx)
 	blobs.SetLimit(runtime.GOMAXPROCS(0))
-	w.ship = func(v *vertex, l layer.Layer) {
-		blobs.Go(func() error {
+	w.ship = func(v *vertex, layers ...layer.Layer) {
+		blobs.Go(func() (err error) {
 			defer v.phase(Compressing)()
-			_, err := w.Store.Blob(bctx, l, *w.req.Ships, false)
+			for _, l := range layers {
+				if _, err = w.Store.Blob(bctx, l, *w.req.Ships, false); err != nil {
+					break
+				}
+			}
 			return err
 		})
 	}
@@ -317,7 +321,13 @@ func (w *walk) from(ctx context.Context, s *dockerfile.Stage) (*stageRun, error)
 	case s.Base.Name == "scratch":
 		return r, nil
 	}
-	return r, w.fromImage(ctx, s, r)
+	if err := w.fromImage(ctx, s, r); err != nil {
+		return nil, err
+	}
+	if r.ships {
+		w.ship(nil, r.layers...)
+	}
+	return r, nil
 }
 
 // fromImage puts an image, or the files of a named context, under r.
