@@ -399,7 +399,7 @@ func (s *Store) storedBlobs(l Layer) []storedBlob {
 }
 
 func (s *Store) readBlobs(l Layer) []storedBlob {
-	data, err := os.ReadFile(filepath.Join(s.layerDir(l), "blobs"))
+	data, err := ReadFile(filepath.Join(s.layerDir(l), "blobs"))
 	if err != nil {
 		return nil
 	}

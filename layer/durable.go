@@ -115,10 +115,12 @@ func Sync(paths ...string) (err error) {
 // PromiseStored says that the blob d, if it is in the store, holds l: should no file of l's own say so any more, l can be
 // had from there.
 func (s *Store) PromiseStored(ctx context.Context, l Layer, d ocispec.Descriptor) {
-	if _, err := os.Lstat(s.blobPath(d.Digest)); errors.Is(err, fs.ErrNotExist) {
+	info, err := os.Lstat(s.blobPath(d.Digest))
+	if errors.Is(err, fs.ErrNotExist) {
 		_ = s.Ensure(ctx, d.Digest) // it was there, if the image was
+		info, err = os.Lstat(s.blobPath(d.Digest))
 	}
-	if info, err := os.Lstat(s.blobPath(d.Digest)); err != nil || info.Size() != d.Size {
+	if err != nil || info.Size() != d.Size {
 		return
 	}
 	s.Promise(l, d, s.openIt(d.Digest))

@@ -629,6 +629,31 @@ func (s *Store) putIndex(l Layer, x *index) error {
 	return nil
 }
 
+// ReadFile is os.ReadFile for small files of the state directory, of which there are some for each layer. Half of what that
+// asks of the kernel is whether the file is one to wait for.
+func ReadFile(path string) ([]byte, error) {
+	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	for err == unix.EINTR {
+		fd, err = unix.Open(path, unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	}
+	if err != nil {
+		return nil, &fs.PathError{Op: "open", Path: path, Err: err}
+	}
+	defer unix.Close(fd)
+	data := make([]byte, 0, 1024)
+	for {
+		n, err := unix.Read(fd, data[len(data):cap(data)])
+		switch {
+		case err == unix.EINTR:
+		case err != nil:
+			return nil, &fs.PathError{Op: "read", Path: path, Err: err}
+		case n == 0:
+			return data, nil
+		}
+		data = slices.Grow(data[:len(data)+max(n, 0)], 512)
+	}
+}
+
 // putFile makes or replaces a file of the store; its directory is made as well.
 func (s *Store) putFile(path string, data []byte) error {
 	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {

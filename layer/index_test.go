@@ -1,9 +1,11 @@
 package layer
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"hash/crc32"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"slices"
@@ -12,6 +14,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/opencontainers/go-digest"
+	"golang.org/x/sys/unix"
 	"pgregory.net/rapid"
 )
 
@@ -339,5 +342,23 @@ func TestBigIndexIsMappedOnlyIfWhole(t *testing.T) {
 	f.Close()
 	if _, err := s.openIndex(path); !errors.Is(err, errDamagedIndex) {
 		t.Errorf("damaged after it was found whole: got %v, want %v", err, errDamagedIndex)
+	}
+}
+
+func TestReadFile(t *testing.T) {
+	name := filepath.Join(t.TempDir(), "f")
+	for _, size := range []int{0, 1, 1023, 1024, 1025, 100_000} {
+		want := noise(size)
+		if err := os.WriteFile(name, want, 0o644); err != nil {
+			t.Fatal(err)
+		}
+		if got, err := ReadFile(name); err != nil || !bytes.Equal(got, want) {
+			t.Errorf("ReadFile of %d bytes: %d bytes, %v", size, len(got), err)
+		}
+	}
+	for path, want := range map[string]error{name + "x": fs.ErrNotExist, filepath.Dir(name): unix.EISDIR} {
+		if _, err := ReadFile(path); !errors.Is(err, want) {
+			t.Errorf("ReadFile(%s): %v, want %v", path, err, want)
+		}
 	}
 }

@@ -86,7 +86,7 @@ func (s *Store) trustTree(l Layer) {
 
 func (s *Store) readOrigin(l Layer) (treeOrigin, error) {
 	var made treeOrigin
-	b, err := os.ReadFile(filepath.Join(s.layerDir(l), "tree.json"))
+	b, err := ReadFile(filepath.Join(s.layerDir(l), "tree.json"))
 	if err != nil {
 		return made, err
 	}

@@ -276,19 +276,19 @@ func sameName(a, b ocispec.Descriptor) bool {
 // blobFile puts a blob into a layout: by a hard link where both are on one file system, else as a copy.
 func (e Exporter) blobFile(ctx context.Context, dir string, d ocispec.Descriptor) error {
 	to := filepath.Join(dir, filepath.FromSlash(blobPath(d)))
+	from := filepath.Join(e.Store.Dir(), filepath.FromSlash(blobPath(d)))
+	err := os.Link(from, to)
+	if err == nil {
+		return nil
+	}
 	if info, err := os.Lstat(to); err == nil && info.Mode().IsRegular() && info.Size() == d.Size {
 		return nil
 	}
-	from := filepath.Join(e.Store.Dir(), filepath.FromSlash(blobPath(d)))
-	err := os.Link(from, to)
 	if errors.Is(err, fs.ErrExist) { // what is there is not the blob
 		tmp := beside(to)
 		if err = os.Link(from, tmp); err == nil {
 			return renamed(tmp, to)
 		}
-	}
-	if err == nil {
-		return nil
 	}
 	return replaceFile(to, func(w io.Writer) error { return e.into(ctx, w, d) })
 }

@@ -81,7 +81,7 @@ func Origins(s *layer.Store, d digest.Digest) []string {
 	if d.Validate() != nil {
 		return nil
 	}
-	data, err := os.ReadFile(originFile(s, d))
+	data, err := layer.ReadFile(originFile(s, d))
 	if err != nil {
 		return nil
 	}
@@ -106,11 +106,11 @@ func addOrigin(_ context.Context, s *layer.Store, d digest.Digest, ref string) e
 	if err != nil {
 		return err
 	}
-	was := Origins(s, d)
-	if slices.Contains(was, repo) {
+	known, _ := layer.ReadFile(originFile(s, d))
+	if slices.Contains(strings.Split(string(known), "\n"), repo) {
 		return nil
 	}
-	repos := append([]string{repo}, was...)
+	repos := append([]string{repo}, Origins(s, d)...)
 	repos = repos[:min(len(repos), maxOrigins)]
 	return replace(s, originFile(s, d), []byte(strings.Join(repos, "\n")+"\n"))
 }
