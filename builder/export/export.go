@@ -59,6 +59,7 @@ type Exported struct {
 	ConfigDigest string               // of a single manifest, else empty
 	Manifests    []ocispec.Descriptor // of an index, with platforms
 	Names        []string             // full names given to it
+	Graph        *image.Graph         // what the descriptor refers to; nil for local and tar
 }
 
 // ID is what --iidfile gets: the config's digest of a single image, the digest of an index.
@@ -146,7 +147,7 @@ func (e Exporter) writeImage(ctx context.Context, o Output, p plan, r Result) (E
 }
 
 func exported(kind string, p plan, root ocispec.Descriptor, g *image.Graph) Exported {
-	x := Exported{Type: kind, Descriptor: root, Names: p.names}
+	x := Exported{Type: kind, Descriptor: root, Names: p.names, Graph: g}
 	if len(g.Documents) == 1 {
 		x.ConfigDigest = g.Images[0].Config.Digest.String()
 		return x

@@ -244,14 +244,10 @@ func (j *job) metadataWarnings(found []dockerfile.Warning) []metadataWarning {
 func (j *job) summary(r builder.Result, all []export.Exported) string {
 	var parts []string
 	for _, x := range all {
-		if x.Descriptor.Digest == "" {
-			continue
+		if x.Graph != nil {
+			parts = append(parts, x.Descriptor.Digest.String(), layersOf(x.Graph))
+			break
 		}
-		parts = append(parts, x.Descriptor.Digest.String())
-		if m, err := image.Walk(context.Background(), j.store, x.Descriptor); err == nil {
-			parts = append(parts, layersOf(m))
-		}
-		break
 	}
 	steps, cached := j.display.Counts(isStep)
 	parts = append(parts, fmt.Sprintf("%d of %s cached", cached, count(steps, "step")), fmt.Sprintf("%.1fs", j.now().Sub(j.begin).Seconds()))
