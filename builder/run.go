@@ -117,23 +117,28 @@ func (w *walk) execute(ctx context.Context, v *vertex, p sandbox.Process, r runS
 	defer w.jobs.Release(1)
 	p.Root = rootOf(o)
 	ran := v.phase(Running)
-	err = w.runIn(ctx, p, r.more)
+	gone, err := w.runIn(ctx, p, r.more)
+	defer gone()
 	ran()
 	if err != nil {
 		return layer.Layer{}, cmp.Or(w.trial.verdict(), err) // a damaged program fails
 	}
 	defer v.phase(Snapshoting)()
+	o.Gone = gone
 	return w.Store.Snapshot(ctx, o, r.sinks)
 }
 
-// runIn runs p for no longer than the request allows.
-func (w *walk) runIn(ctx context.Context, p sandbox.Process, more bool) error {
+// runIn runs p for no longer than the request allows. The caller calls gone; see [sandbox.Runner.Execute].
+func (w *walk) runIn(ctx context.Context, p sandbox.Process, more bool) (gone func(), err error) {
+	cancel := func() {}
 	if d := w.req.Longest; d > 0 {
-		var cancel context.CancelFunc
 		ctx, cancel = context.WithTimeoutCause(ctx, d, fmt.Errorf("process %q was stopped: it took longer than %s (--step-timeout)", strings.Join(p.Args, " "), d))
-		defer cancel()
 	}
-	return w.runner.Run(ctx, p, more)
+	left, err := w.runner.Execute(ctx, p, more)
+	return func() {
+		left()
+		cancel()
+	}, err
 }
 
 func rootOf(o *layer.Overlay) sandbox.Root {

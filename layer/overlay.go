@@ -23,12 +23,13 @@ type MountPoint struct {
 }
 
 // Overlay is what an overlay mount is made of: unpacked layers below a fresh upper directory.
-// It is not mounted. The caller closes it.
+// The caller mounts it, and closes it.
 type Overlay struct {
 	Lower []string // highest first, never empty
 	Upper string
 	Work  string
 	Root  string // with other storage than overlay, instead of all these: a directory with the files of all layers, to be changed in place
+	Gone  func() // set by who mounts it: waits until it is not mounted any more
 
 	Trees Inspection // of Lower
 

@@ -13,7 +13,8 @@ import (
 )
 
 // Snapshot makes a layer of what the upper directory of o holds; the directory becomes the
-// layer's tree. The overlay must not be mounted any more and can only be closed afterwards.
+// layer's tree. No process may see the overlay any more; it may be mounted until o.Gone returns, which is called before
+// anything is changed. It can only be closed afterwards.
 //
 // The layer is the difference of two merged file systems: copied-up files that are as they
 // were are left out, so are directories of which only the mtime changed, sockets, whiteouts
@@ -22,6 +23,7 @@ import (
 // Files that are hard links of each other stay so.
 func (s *Store) Snapshot(ctx context.Context, o *Overlay, sinks Sinks) (Layer, error) {
 	if o.Root != "" {
+		o.gone()
 		return s.snapshotMerged(ctx, o, sinks)
 	}
 	root, err := rootfs.Open(o.Upper)
@@ -37,12 +39,18 @@ func (s *Store) Snapshot(ctx context.Context, o *Overlay, sinks Sinks) (Layer, e
 	linkUp(top)
 	expand(top, o.view)
 	mark(top)
-	l, err := s.record(w, top, o.Upper, sinks)
+	l, err := s.record(w, top, o, sinks)
 	if err != nil {
 		return Layer{}, fmt.Errorf("snapshot: %w", err)
 	}
 	o.kept = true
 	return l, nil
+}
+
+func (o *Overlay) gone() {
+	if o.Gone != nil {
+		o.Gone()
+	}
 }
 
 // entry is what the lower directories show at p.
@@ -153,9 +161,9 @@ func (n *node) until(visit func(*node) bool) bool {
 	return true
 }
 
-// record writes the marked nodes as a layer and trims the upper to be its tree.
-func (s *Store) record(w *walker, top *node, upper string, sinks Sinks) (Layer, error) {
-	writer, err := s.createAdopting(w.ctx, sinks, upper)
+// record writes the marked nodes as a layer and trims the upper of o to be its tree.
+func (s *Store) record(w *walker, top *node, o *Overlay, sinks Sinks) (Layer, error) {
+	writer, err := s.createAdopting(w.ctx, sinks, o.Upper)
 	if err != nil {
 		return Layer{}, err
 	}
@@ -163,6 +171,7 @@ func (s *Store) record(w *walker, top *node, upper string, sinks Sinks) (Layer, 
 		writer.Abort()
 		return Layer{}, err
 	}
+	o.gone()
 	d, err := w.root.Dir(".")
 	if err != nil {
 		writer.Abort()

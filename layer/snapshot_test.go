@@ -55,10 +55,20 @@ func run(t testing.TB, s *Store, layers []Layer, points []MountPoint, sinks Sink
 	dir, unmount := mountOverlay(t, o)
 	do(box{t, dir})
 	want := scan(t, dir)
-	unmount()
+	waited := false
+	o.Gone = func() {
+		waited = true
+		if _, err := os.Lstat(o.Upper); err != nil {
+			t.Errorf("the upper was taken while it was mounted: %v", err)
+		}
+		unmount()
+	}
 	l, err := s.Snapshot(t.Context(), o, sinks)
 	if err != nil {
 		t.Fatal(err)
+	}
+	if !waited {
+		t.Error("Snapshot did not wait until the overlay was not mounted any more")
 	}
 	if err := o.Close(); err != nil {
 		t.Error(err)

@@ -57,11 +57,15 @@ func serve() error {
 		if err != nil {
 			return at("read the order", err)
 		}
-		a := l.launch(h, outputs)
-		home := l.goHome(h)
-		a.Again = home == nil
-		if err := send(fd(socketFD), a); err != nil || home != nil {
-			return errors.Join(err, home)
+		if err := send(fd(socketFD), l.launch(h, outputs)); err != nil {
+			return err
+		}
+		// Meanwhile filo looks at what the process wrote.
+		if err := l.goHome(h); err != nil {
+			return err
+		}
+		if _, err := fd(socketFD).Write([]byte{isHome}); err != nil {
+			return err
 		}
 		h = nil
 		tidy()
@@ -86,8 +90,10 @@ type answer struct {
 	Status  int // as wait4 gives it
 	Failed  bool
 	Failure report // why it could not become one
-	Again   bool   // there can be another one
 }
+
+// isHome is what a launcher says when it can start another process.
+const isHome = 'h'
 
 func (l *launcher) launch(h *handover, outputs [2]int) (a answer) {
 	q, err := l.prepare(h, outputs)

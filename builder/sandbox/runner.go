@@ -235,23 +235,36 @@ func (l *running) waits() bool {
 // patience is how long a launcher may take to end its process before it is ended itself.
 const patience = time.Second
 
-// run lets the launcher run one process and waits for that to end. When the context ends, so do they.
-func (l *running) run(ctx context.Context, h *handover, out *outputs) (a answer, err error) {
-	raw, err := l.socket.SyscallConn()
-	if err != nil {
-		return a, err
-	}
+// watch ends what the launcher runs, and in the end the launcher, when the context ends before stop is called.
+func (l *running) watch(ctx context.Context) (stop func()) {
 	over := make(chan struct{})
-	defer close(over)
-	stop := context.AfterFunc(ctx, func() {
-		raw.Control(func(fd uintptr) { unix.Shutdown(int(fd), unix.SHUT_WR) })
+	cancel := context.AfterFunc(ctx, func() {
+		l.hangUp()
 		select {
 		case <-over:
 		case <-time.After(patience):
 			l.process.Kill()
 		}
 	})
-	defer stop()
+	return func() {
+		close(over)
+		cancel()
+	}
+}
+
+// hangUp tells the launcher that there is no more to say.
+func (l *running) hangUp() {
+	if raw, err := l.socket.SyscallConn(); err == nil {
+		raw.Control(func(fd uintptr) { unix.Shutdown(int(fd), unix.SHUT_WR) })
+	}
+}
+
+// run lets the launcher run one process and waits for that to end.
+func (l *running) run(h *handover, out *outputs) (a answer, err error) {
+	raw, err := l.socket.SyscallConn()
+	if err != nil {
+		return a, err
+	}
 	rights := unix.UnixRights(int(out.stdout.Fd()), int(out.stderr.Fd()))
 	werr := raw.Write(func(fd uintptr) bool {
 		err = unix.Sendmsg(int(fd), []byte{starting}, rights, nil, unix.MSG_NOSIGNAL)
@@ -272,6 +285,13 @@ func (l *running) run(ctx context.Context, h *handover, out *outputs) (a answer,
 	}
 	err = receive(l.socket, &a)
 	return a, err
+}
+
+// comesHome waits until the mounts of the process are gone, and says whether the launcher can start another one.
+func (l *running) comesHome() bool {
+	said := make([]byte, 1)
+	_, err := io.ReadFull(l.socket, said)
+	return err == nil && said[0] == isHome
 }
 
 // end ends the launcher and what it runs.

@@ -36,6 +36,16 @@ func TestRunnerAgain(t *testing.T) {
 		t.Fatalf("%d launchers wait, not 1", len(r.idle))
 	}
 	first := r.idle[0].process.Pid
+	gone, err := r.Execute(t.Context(), say, true)
+	if err != nil || len(r.idle) != 0 {
+		t.Fatalf("%v, %d launchers wait before their mounts are gone", err, len(r.idle))
+	}
+	gone()
+	gone()
+	if len(r.idle) != 1 {
+		t.Fatalf("%d launchers wait, not 1", len(r.idle))
+	}
+	os.RemoveAll(box.root.Work + "/work")
 	offline, broken, bad := say, say, say
 	offline.Network = NetworkNone
 	broken.Args = []string{"/nosuch"}

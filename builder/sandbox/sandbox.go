@@ -21,6 +21,7 @@ import (
 	"io"
 	"reflect"
 	"strings"
+	"sync"
 	"syscall"
 )
 
@@ -164,50 +165,69 @@ type Ground struct {
 // sandbox is left and nothing more is written. With more, a process like it is
 // likely to follow.
 func (r *Runner) Run(ctx context.Context, p Process, more bool) error {
+	gone, err := r.Execute(ctx, p, more)
+	gone()
+	return err
+}
+
+// Execute is Run, but mounts of the process may be left when it returns: nobody sees them, but it takes the kernel time to
+// let go of all that it remembers of many files. The caller calls gone, once at least, which waits until they are gone.
+func (r *Runner) Execute(ctx context.Context, p Process, more bool) (gone func(), err error) {
+	gone = func() {}
 	if err := ctx.Err(); err != nil {
-		return err
+		return gone, err
 	}
 	if err := check(p); err != nil {
-		return err
+		return gone, err
 	}
 	switch p.Ground.Name {
 	case groundNone:
-		return &SetupError{Step: "start", Err: fmt.Errorf("steps cannot run here: %s", p.Ground.Reason)}
+		return gone, &SetupError{Step: "start", Err: fmt.Errorf("steps cannot run here: %s", p.Ground.Reason)}
 	case groundChroot:
-		return r.runChroot(ctx, p)
+		return gone, r.runChroot(ctx, p)
 	}
 	l, err := r.take(roleOf(p))
 	if err != nil {
-		return err
+		return gone, err
 	}
-	again := false
-	defer func() { r.put(l, again, more) }()
+	stop, answered := l.watch(ctx), false
+	gone = sync.OnceFunc(func() {
+		again := answered && l.comesHome()
+		stop()
+		r.put(l, again && ctx.Err() == nil, more)
+	})
 	h, err := r.prepare(p)
 	if err != nil {
-		return err
+		return gone, err
 	}
 	h.Version1, h.NoDevices, h.Limited = l.bounds.version1(), !l.nodes, !l.role.lasts()
 	out, err := newOutputs(p)
 	if err != nil {
-		return &SetupError{Step: "start", Err: err}
+		return gone, &SetupError{Step: "start", Err: err}
 	}
 	defer out.close()
-	a, err := l.run(ctx, h, out)
+	a, err := l.run(h, out)
 	out.finish()
+	answered = err == nil
 	switch {
 	case ctx.Err() != nil:
-		return context.Cause(ctx)
+		return gone, context.Cause(ctx)
 	case err != nil:
-		return &SetupError{Step: "start", Err: fmt.Errorf("launcher ended early: %w", err)}
+		return gone, &SetupError{Step: "start", Err: fmt.Errorf("launcher ended early: %w", err)}
 	}
-	again = a.Again
-	switch {
-	case a.Failed:
+	return gone, out.written(l.outcome(p, a))
+}
+
+// outcome is the error of a process that ended like this, or of one that could not start.
+func (l *running) outcome(p Process, a answer) error {
+	if a.Failed {
 		return a.Failure.error(p.Args)
-	case !a.Started:
-		return &SetupError{Step: "start", Err: fmt.Errorf("child ended early: %w", l.bounds.explain(p, exitError(p.Args, syscall.WaitStatus(a.Status))))}
 	}
-	return out.written(l.bounds.explain(p, exitError(p.Args, syscall.WaitStatus(a.Status))))
+	err := l.bounds.explain(p, exitError(p.Args, syscall.WaitStatus(a.Status)))
+	if !a.Started {
+		return &SetupError{Step: "start", Err: fmt.Errorf("child ended early: %w", err)}
+	}
+	return err
 }
 
 // same reports whether two writers are one; writers of types that cannot be
