@@ -2,12 +2,14 @@ package layer
 
 import (
 	"archive/tar"
+	"bufio"
 	"errors"
 	"fmt"
 	"math"
 	"path"
 	"strings"
 	"time"
+	"unicode/utf8"
 )
 
 const (
@@ -62,6 +64,114 @@ func header(e Entry) (*tar.Header, error) {
 		h.PAXRecords[xattrRecord+name] = value
 	}
 	return h, nil
+}
+
+// tarBlock is what headers, and files with their padding, are multiples of.
+const tarBlock = 512
+
+// tarWriter writes the tar that [tar.Writer] makes of the headers of entries. Most headers are simple: those it makes
+// itself, for the general way takes longer than all else that a [Writer] does about a small file.
+type tarWriter struct {
+	out   *bufio.Writer
+	block [tarBlock]byte
+	left  int64 // bytes of the entry that are still to come
+	pad   int64 // zero bytes after them
+}
+
+// add begins an entry. If it is a Regular one, its bytes come next.
+func (t *tarWriter) add(e Entry) error {
+	if err := t.end(); err != nil {
+		return err
+	}
+	if e.Type == Regular {
+		t.left, t.pad = e.Size, -e.Size&(tarBlock-1)
+	}
+	if t.simple(e) {
+		_, err := t.out.Write(t.block[:])
+		return err
+	}
+	h, err := header(e)
+	if err != nil {
+		return err
+	}
+	return tar.NewWriter(t.out).WriteHeader(h)
+}
+
+// Write takes bytes of the entry.
+func (t *tarWriter) Write(b []byte) (int, error) {
+	if int64(len(b)) > t.left {
+		return 0, tar.ErrWriteTooLong
+	}
+	t.left -= int64(len(b))
+	return t.out.Write(b)
+}
+
+// Close ends the tar and passes all of it on.
+func (t *tarWriter) Close() error {
+	if err := t.end(); err != nil {
+		return err
+	}
+	for range 2 {
+		t.pad = tarBlock
+		if err := t.end(); err != nil {
+			return err
+		}
+	}
+	return t.out.Flush()
+}
+
+// end ends an entry.
+func (t *tarWriter) end() error {
+	if t.left > 0 {
+		return fmt.Errorf("%d bytes of the entry before are missing", t.left)
+	}
+	clear(t.block[:t.pad])
+	_, err := t.out.Write(t.block[:t.pad])
+	t.pad = 0
+	return err
+}
+
+// simple makes t.block the header of e if all of that fits there as it is (POSIX, pax, "ustar Interchange Format").
+func (t *tarWriter) simple(e Entry) bool {
+	const name, mode, uid, gid, size, mtime, sum, kind, magic, major, minor, prefix = 0, 100, 108, 116, 124, 136, 148, 156, 257, 329, 337, 345
+	if e.Type != Regular && e.Type != Dir || len(e.Xattrs) > 0 || len(e.Path) >= mode-name || !isASCII(e.Path) {
+		return false
+	}
+	b := &t.block
+	*b = [tarBlock]byte{}
+	n := copy(b[name:], e.Path)
+	b[kind] = tar.TypeReg
+	if e.Type == Dir {
+		b[name+n], b[kind] = '/', tar.TypeDir
+	}
+	copy(b[magic:], "ustar\x0000")
+	fits := octal(b[mode:uid], int64(e.Mode)) && octal(b[uid:gid], int64(e.UID)) && octal(b[gid:size], int64(e.GID)) &&
+		octal(b[size:mtime], e.Size) && octal(b[mtime:sum], e.ModTime) && octal(b[major:minor], 0) && octal(b[minor:prefix], 0)
+	total := int64(' ' * (kind - sum)) // the sum counts itself as spaces
+	for _, c := range b[:prefix] {
+		total += int64(c)
+	}
+	b[kind-1] = ' '
+	return fits && octal(b[sum:kind-1], total)
+}
+
+func isASCII(s string) bool {
+	for i := range len(s) {
+		if s[i] == 0 || s[i] >= utf8.RuneSelf {
+			return false
+		}
+	}
+	return true
+}
+
+// octal fills b but for its last byte with the digits of n, if they fit.
+func octal(b []byte, n int64) bool {
+	left := uint64(n)
+	for i := len(b) - 2; i >= 0; i-- {
+		b[i] = byte('0' + left&7)
+		left >>= 3
+	}
+	return left == 0
 }
 
 // canonical checks what a layer that filo writes may hold, and clears the

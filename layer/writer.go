@@ -1,7 +1,6 @@
 package layer
 
 import (
-	"archive/tar"
 	"bufio"
 	"context"
 	"crypto/sha256"
@@ -36,8 +35,7 @@ type Writer struct {
 	epoch *int64
 	dir   string // holds an unfinished tree, "" for none
 
-	tar   *tar.Writer
-	out   *bufio.Writer
+	tar   tarWriter
 	diff  hash.Hash
 	blob  *blobFile
 	tree  *tree
@@ -97,8 +95,7 @@ func (s *Store) newWriter(ctx context.Context, k Sinks, adopt string) (*Writer, 
 			return nil, fmt.Errorf("create layer: %w", err)
 		}
 	}
-	w.out = bufio.NewWriterSize(sink, 128<<10)
-	w.tar = tar.NewWriter(w.out)
+	w.tar.out = bufio.NewWriterSize(sink, 128<<10)
 	return w, nil
 }
 
@@ -135,11 +132,7 @@ func (w *Writer) add(e Entry, content io.Reader) error {
 	if err := w.place(e); err != nil {
 		return err
 	}
-	h, err := header(e)
-	if err != nil {
-		return err
-	}
-	if err := w.tar.WriteHeader(h); err != nil {
+	if err := w.tar.add(e); err != nil {
 		return err
 	}
 	if e.Type == Regular {
@@ -274,7 +267,7 @@ func (w *Writer) close() (Layer, error) {
 	if w.err != nil {
 		return Layer{}, w.err
 	}
-	if err := errors.Join(w.tar.Close(), w.out.Flush()); err != nil {
+	if err := w.tar.Close(); err != nil {
 		return Layer{}, err
 	}
 	l := Layer{DiffID: digest.NewDigest(digest.SHA256, w.diff)}
