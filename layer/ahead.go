@@ -2,6 +2,7 @@ package layer
 
 import (
 	"crypto/sha256"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"io"
@@ -16,6 +17,8 @@ import (
 type File struct {
 	Entry
 	Open func() (io.ReadCloser, error) // of a Regular one that is not empty; called side by side with that of others
+
+	content []byte // all of it, if it was read already, and Digest is that of it
 }
 
 // Small files are read some at a time, by goroutines, before the [Writer] needs them: to open, read and hash one takes
@@ -65,7 +68,7 @@ func (a *ahead) addAll(files iter.Seq[File]) error {
 			a.next = &batch{}
 		}
 		a.next.files = append(a.next.files, f)
-		if f.isSmall() {
+		if f.isSmall() && f.content == nil {
 			a.next.size += int(f.Size) + 1
 		}
 		if len(a.next.files) < batchFiles && a.next.size < batchBytes {
@@ -116,15 +119,23 @@ func (b *batch) read() {
 			continue
 		}
 		r := &b.ready[i]
+		if f.content != nil {
+			r.data, r.sum = f.content, f.Digest
+			continue
+		}
 		r.data, r.err = f.read(buf[:f.Size+1])
-		r.sum = digest.NewDigestFromBytes(digest.SHA256, sum(r.data))
+		r.sum = digestOf(r.data)
 		buf = buf[f.Size+1:]
 	}
 }
 
-func sum(b []byte) []byte {
+// digestOf is [digest.FromBytes] without package fmt, which takes longer to write a digest than it takes to compute one.
+func digestOf(b []byte) digest.Digest {
+	const prefix = "sha256:"
 	s := sha256.Sum256(b)
-	return s[:]
+	var text [len(prefix) + 2*len(s)]byte
+	hex.Encode(text[copy(text[:], prefix):], s[:])
+	return digest.Digest(text[:])
 }
 
 // read reads the whole file into buf, which has one byte more than it.

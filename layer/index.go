@@ -572,9 +572,11 @@ func (b *indexBuilder) addFields(e Entry) error {
 		r = binary.AppendUvarint(r, uint64(e.Minor))
 	}
 	r = binary.AppendUvarint(r, uint64(len(e.Xattrs)))
-	for _, name := range slices.Sorted(maps.Keys(e.Xattrs)) {
-		r = appendText(r, name)
-		r = appendText(r, e.Xattrs[name])
+	if len(e.Xattrs) > 0 {
+		for _, name := range slices.Sorted(maps.Keys(e.Xattrs)) {
+			r = appendText(r, name)
+			r = appendText(r, e.Xattrs[name])
+		}
 	}
 	b.records = r
 	return nil

@@ -195,9 +195,13 @@ func (w *walker) emitted(top *node) iter.Seq[File] {
 func (w *walker) some(top *node, wanted func(*node) bool) iter.Seq[File] {
 	return func(yield func(File) bool) {
 		top.until(func(n *node) bool {
-			return !wanted(n) || yield(File{Entry: n.Entry, Open: func() (io.ReadCloser, error) { return w.open(n) }})
+			return !wanted(n) || yield(w.fileOf(n))
 		})
 	}
+}
+
+func (w *walker) fileOf(n *node) File {
+	return File{Entry: n.Entry, Open: func() (io.ReadCloser, error) { return w.open(n) }, content: n.content}
 }
 
 // trimmer makes an upper directory say the same as the layer that was made of it.

@@ -11,6 +11,7 @@ import (
 	"runtime"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"unsafe"
 
 	"github.com/opencontainers/go-digest"
@@ -28,9 +29,11 @@ type node struct {
 	inUpper  bool // else it is a deletion that the upper says by an opaque directory
 	opaque   bool // a directory in which nothing of the lower layers shows
 	unread   bool // a directory of which only lstat was asked
+	new      bool // the lower layers have nothing at its path, nor below it
 	inode    [2]uint64
 	links    uint32
 	nsec     int64   // of the mtime; the seconds are in ModTime
+	content  []byte  // of a tiny file, which has its Digest then; nil if it was not read
 	children []*node // sorted by name
 }
 
@@ -50,6 +53,7 @@ type walker struct {
 	below  *Overlay // where lower looks; nil if it never finds anything
 	single bool
 	group  errgroup.Group
+	kept   atomic.Int64 // bytes of content in nodes
 
 	mu     sync.Mutex
 	doubts []doubt
@@ -90,29 +94,54 @@ func (w *walker) walk() (*node, error) {
 	return top, hashes.Wait()
 }
 
+// part is how many files of a directory one goroutine looks at, if there is another one for more.
+const part = 256
+
 // dir reads the directory n, which is open as d, and closes it.
 func (w *walker) dir(d *rootfs.Dir, n *node) error {
 	defer d.Close()
-	if err := w.ctx.Err(); err != nil {
-		return context.Cause(w.ctx)
-	}
 	list, err := d.List()
 	if err != nil {
 		return err
 	}
-	n.children = make([]*node, 0, len(list))
-	for _, l := range list {
-		name := l.Name
-		c, err := w.file(d, name, path.Join(n.Path, name))
+	n.children = make([]*node, len(list))
+	var parts sync.WaitGroup
+	defer parts.Wait()
+	for at := 0; at < len(list); at += part {
+		some, nodes := list[at:min(at+part, len(list))], n.children[at:]
+		parts.Add(1)
+		look := func() error {
+			defer parts.Done()
+			return w.files(d, n, some, nodes)
+		}
+		if len(nodes) > part && w.group.TryGo(look) {
+			continue
+		}
+		if err := look(); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// files makes the nodes of some files in the directory n, which is open as d, and of all that is in them.
+func (w *walker) files(d *rootfs.Dir, n *node, list []rootfs.Listed, nodes []*node) error {
+	if err := w.ctx.Err(); err != nil {
+		return context.Cause(w.ctx)
+	}
+	for i, l := range list {
+		c, err := w.listed(d, l, path.Join(n.Path, l.Name))
 		if err != nil {
 			return err
 		}
-		n.children = append(n.children, c)
+		c.new = n.new
+		w.compare(c)
+		nodes[i] = c
 		if c.Type != Dir {
 			continue
 		}
 		c.opaque = c.opaque || n.opaque
-		sub, err := d.Dir(name)
+		sub, err := d.Dir(l.Name)
 		if err != nil {
 			return err
 		}
@@ -126,14 +155,71 @@ func (w *walker) dir(d *rootfs.Dir, n *node) error {
 	return nil
 }
 
-// file makes the node of one name in d.
+// Of a regular file all is asked for while it is open: that takes half the time of asking by name each time. The content
+// of tiny ones is kept for the layer, as long as that is little.
+const (
+	tinyFile = 1 << 10
+	keptMost = 4 << 20
+)
+
+// listed makes the node of one name in d, and does not compare it.
+func (w *walker) listed(d *rootfs.Dir, l rootfs.Listed, p string) (*node, error) {
+	if l.Type != unix.S_IFREG {
+		return w.node(d, l.Name, p)
+	}
+	r, err := d.Read(l.Name)
+	if err != nil {
+		return w.node(d, l.Name, p) // that takes no permission to read
+	}
+	defer r.Close()
+	st, err := r.Stat()
+	if err != nil || st.Mode&unix.S_IFMT != unix.S_IFREG {
+		return w.node(d, l.Name, p)
+	}
+	n := newNode(st, p)
+	n.Type, n.Size = Regular, st.Size
+	if size, err := unix.Flistxattr(r.Fd(), nil); err != nil || size > 0 {
+		if err := w.xattrs(d, l.Name, n); err != nil {
+			return nil, err
+		}
+	}
+	if n.Size > 0 && n.Size <= tinyFile && n.links == 1 && w.kept.Add(n.Size) <= keptMost {
+		n.read(r)
+	}
+	return n, nil
+}
+
+// read takes the content of n, unless it is not as long as it should be, which is for the [Writer] to say.
+func (n *node) read(r *rootfs.Reader) {
+	b := make([]byte, n.Size+1)
+	if got, err := r.Read(b); err != nil || int64(got) != n.Size {
+		return
+	}
+	n.content = b[:n.Size]
+	n.Digest = digestOf(n.content)
+}
+
+func newNode(st rootfs.Stat, p string) *node {
+	n := &node{inUpper: true, inode: [2]uint64{st.Dev, st.Ino}, links: st.Nlink, nsec: st.Nsec}
+	n.Entry = Entry{Path: p, Mode: st.Mode & 0o7777, UID: st.UID, GID: st.GID, ModTime: st.Sec}
+	return n
+}
+
+// file makes the node of one name in d and compares it.
 func (w *walker) file(d *rootfs.Dir, name, p string) (*node, error) {
+	n, err := w.node(d, name, p)
+	if err == nil {
+		w.compare(n)
+	}
+	return n, err
+}
+
+func (w *walker) node(d *rootfs.Dir, name, p string) (*node, error) {
 	st, err := d.Lstat(name)
 	if err != nil {
 		return nil, err
 	}
-	n := &node{inUpper: true, inode: [2]uint64{st.Dev, st.Ino}, links: st.Nlink, nsec: st.Nsec}
-	n.Entry = Entry{Path: p, Mode: st.Mode & 0o7777, UID: st.UID, GID: st.GID, ModTime: st.Sec}
+	n := newNode(st, p)
 	switch st.Mode & unix.S_IFMT {
 	case unix.S_IFREG:
 		n.Type, n.Size = Regular, st.Size
@@ -155,11 +241,8 @@ func (w *walker) file(d *rootfs.Dir, name, p string) (*node, error) {
 		n.verdict = void
 		return n, nil
 	}
-	if n.Type == Regular || n.Type == Dir {
+	if (n.Type == Regular || n.Type == Dir) && mayHaveXattrs(d, name) {
 		err = w.xattrs(d, name, n)
-	}
-	if err == nil {
-		w.compare(n)
 	}
 	return n, err
 }
@@ -171,9 +254,6 @@ const opaqueXattr = overlayXattrs + "opaque"
 // xattrs reads the extended attributes of a file or directory; nothing else can have those
 // that layers carry.
 func (w *walker) xattrs(d *rootfs.Dir, name string, n *node) error {
-	if !mayHaveXattrs(d, name) {
-		return nil
-	}
 	attrs, err := d.Xattrs(name, func(key string) bool {
 		return key == opaqueXattr || layerXattr(key)
 	})
@@ -209,7 +289,15 @@ func layerXattr(key string) bool {
 
 // compare sets the verdict of n, and its owner where the disk does not have it.
 func (w *walker) compare(n *node) {
-	l, ok := w.lower(n.Path)
+	if n.verdict == void {
+		return
+	}
+	var l *Entry
+	ok := false
+	if !n.new {
+		l, ok = w.lower(n.Path)
+		n.new = !ok
+	}
 	if n.Type == Whiteout {
 		if !ok || w.below.isStub(n.Path) {
 			n.verdict = void
@@ -226,7 +314,10 @@ func (w *walker) compare(n *node) {
 	if !alike || !sameAttributes(&n.Entry, l) || n.Type == Regular && !w.untouched(n) {
 		return
 	}
-	if n.Type == Regular && n.Size > 0 {
+	if n.content != nil && n.Digest != l.Digest {
+		return
+	}
+	if n.content == nil && n.Type == Regular && n.Size > 0 {
 		w.mu.Lock()
 		w.doubts = append(w.doubts, doubt{n, l.Digest})
 		w.mu.Unlock()

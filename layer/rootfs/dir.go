@@ -68,6 +68,25 @@ func (d *Dir) OpenFile(name string, flag int, perm uint32) (*os.File, error) {
 	return os.NewFile(uintptr(fd), path.Join(d.name, name)), nil
 }
 
+// Read opens the file name. Its access time stays as it is where that is allowed. The caller closes the Reader.
+func (d *Dir) Read(name string) (*Reader, error) {
+	if err := d.check("open", name, false); err != nil {
+		return nil, err
+	}
+	flags := readFlags | unix.O_NOATIME
+	for {
+		fd, err := unix.Openat(d.fd, name, flags, 0)
+		switch {
+		case err == nil:
+			return &Reader{fd: fd, name: name}, nil
+		case err == unix.EPERM && flags != readFlags:
+			flags = readFlags
+		case err != unix.EINTR:
+			return nil, d.error("open", name, err)
+		}
+	}
+}
+
 // Create makes the new file name for writing; it is an error if the name is taken.
 func (d *Dir) Create(name string, perm uint32) (*os.File, error) {
 	return d.OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_EXCL, perm)
@@ -168,6 +187,10 @@ func (d *Dir) Lstat(name string) (Stat, error) {
 	if err != nil {
 		return Stat{}, d.error("lstat", name, err)
 	}
+	return newStat(&st), nil
+}
+
+func newStat(st *unix.Stat_t) Stat {
 	dev, rdev := uint64(st.Dev), uint64(st.Rdev) // their types differ between architectures
 	return Stat{
 		Mode: st.Mode, UID: int(st.Uid), GID: int(st.Gid), Size: st.Size,
@@ -175,7 +198,7 @@ func (d *Dir) Lstat(name string) (Stat, error) {
 		Major: unix.Major(rdev), Minor: unix.Minor(rdev),
 		Sec: int64(st.Mtim.Sec), Nsec: int64(st.Mtim.Nsec),
 		CSec: int64(st.Ctim.Sec), CNsec: int64(st.Ctim.Nsec),
-	}, nil
+	}
 }
 
 // Readlink returns the text of the symbolic link name.

@@ -80,16 +80,19 @@ type Reader struct {
 // Read opens the file at p, links followed inside the root but in its last name. Its access time stays as it is where that
 // is allowed. The caller closes the Reader.
 func (r *Root) Read(p string) (*Reader, error) {
-	const flags = unix.O_RDONLY | unix.O_NOFOLLOW | unix.O_NONBLOCK // a fifo's other end is not waited for
-	fd, err := r.open(p, flags|unix.O_NOATIME, 0)
-	if err == unix.EPERM { // somebody else's
-		fd, err = r.open(p, flags, 0)
+	fd, err := r.open(p, readFlags|unix.O_NOATIME, 0)
+	if err == unix.EPERM {
+		fd, err = r.open(p, readFlags, 0)
 	}
 	if err != nil {
 		return nil, pathError("open", p, err)
 	}
 	return &Reader{fd: fd, name: p}, nil
 }
+
+// readFlags open a file for a [Reader]; a fifo's other end is not waited for. O_NOATIME is refused (EPERM) to those who
+// neither own the file nor are root.
+const readFlags = unix.O_RDONLY | unix.O_NOFOLLOW | unix.O_NONBLOCK | unix.O_CLOEXEC | unix.O_LARGEFILE
 
 // Read is that of an io.Reader.
 func (r *Reader) Read(b []byte) (int, error) {
@@ -107,6 +110,19 @@ func (r *Reader) Read(b []byte) (int, error) {
 	}
 	return 0, nil
 }
+
+// Stat returns what the file is.
+func (r *Reader) Stat() (Stat, error) {
+	var st unix.Stat_t
+	err := unix.Fstat(r.fd, &st)
+	if err != nil {
+		return Stat{}, pathError("stat", r.name, err)
+	}
+	return newStat(&st), nil
+}
+
+// Fd returns the file's descriptor, valid until Close.
+func (r *Reader) Fd() int { return r.fd }
 
 // Close closes the file; nothing else may be called any more.
 func (r *Reader) Close() error { return unix.Close(r.fd) }
