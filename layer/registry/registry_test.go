@@ -315,16 +315,16 @@ func TestFaintConnection(t *testing.T) {
 		"nobody is there":   {&net.OpError{Op: "dial", Err: errors.New("connect: connection refused")}, 2, false},
 		"another operation": {&net.OpError{Op: "read", Err: errors.New("whatever")}, 2, false},
 	} {
-		c := open(Options{})
+		c := open(Options{Insecure: []string{"faint.example"}})
 		dials := 0
-		dial := c.retry.strict.DialContext
-		c.retry.strict.DialContext = func(ctx context.Context, network, addr string) (net.Conn, error) {
+		dial := c.retry.lax.DialContext
+		c.retry.lax.DialContext = func(ctx context.Context, network, addr string) (net.Conn, error) {
 			if dials++; dials <= test.dials {
 				return nil, test.err
 			}
-			return dial(ctx, network, addr)
+			return dial(ctx, network, s.host)
 		}
-		_, err := c.Resolve(t.Context(), s.host+"/a:1")
+		_, err := c.Resolve(t.Context(), "faint.example/a:1")
 		if (err == nil) != test.saved {
 			t.Errorf("%s: Resolve = %v after %d connections", name, err, dials)
 		}
@@ -523,6 +523,59 @@ func TestPlainHTTP(t *testing.T) {
 		if _, err := rt.RoundTrip(req); !errors.Is(err, errClear) {
 			t.Errorf("http to %s: %v", host, err)
 		}
+	}
+}
+
+// TestLoopback counts the connections that it takes to find out how a registry on this machine wants to be spoken to.
+func TestLoopback(t *testing.T) {
+	s := serve(t)
+	push(t, open(Options{}), s.host+"/a:1", []byte("layer"))
+	count := func(c *Client, ref string) (dials int, err error) {
+		dial := c.retry.strict.DialContext
+		c.retry.strict.DialContext = func(ctx context.Context, network, addr string) (net.Conn, error) {
+			dials++
+			return dial(ctx, network, addr)
+		}
+		_, err = c.Resolve(t.Context(), ref)
+		return dials, err
+	}
+	if n, err := count(open(Options{}), s.host+"/a:1"); n != 1 || err != nil {
+		t.Errorf("one that knows http alone: %d connections, %v", n, err)
+	}
+	encrypted := httptest.NewTLSServer(http.RedirectHandler("https://elsewhere.example/", http.StatusFound))
+	encrypted.Config.ErrorLog = log.New(io.Discard, "", 0)
+	defer encrypted.Close()
+	if n, err := count(open(Options{}), strings.TrimPrefix(encrypted.URL, "https://")+"/a:1"); n != 3 || !Is(err, TLS) {
+		t.Errorf("one that knows https alone: %d connections, %v", n, err)
+	}
+	// An answer in the clear that leads to https is no answer.
+	leading := httptest.NewServer(http.RedirectHandler(encrypted.URL, http.StatusMovedPermanently))
+	defer leading.Close()
+	if _, err := count(open(Options{}), strings.TrimPrefix(leading.URL, "http://")+"/a:1"); !Is(err, TLS) {
+		t.Errorf("one that leads to https: %v", err)
+	}
+	// Nor is one that is closed asked again and again, with waits, before https is.
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	first := make(chan byte, 100)
+	go func() {
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			b := make([]byte, 1)
+			c.Read(b)
+			first <- b[0]
+			c.Close()
+		}
+	}()
+	count(open(Options{}), l.Addr().String()+"/a:1")
+	if a, b := <-first, <-first; a != 'G' || b != 0x16 {
+		t.Errorf("one that closes was sent requests that begin with %q and %q", a, b)
 	}
 }
 

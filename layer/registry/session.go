@@ -87,7 +87,8 @@ func (c *Client) signIn(ctx context.Context, k sessionKey, s *session) error {
 	return nil
 }
 
-// door asks a host how it wants to be spoken to: encrypted, unless it only understands plain http and may.
+// door asks a host how it wants to be spoken to: encrypted, unless it only understands plain http and may, or is this
+// machine and understands that.
 func (c *Client) door(ctx context.Context, host string) (*door, error) {
 	c.mu.Lock()
 	d := c.doors[host]
@@ -110,7 +111,7 @@ func (c *Client) door(ctx context.Context, host string) (*door, error) {
 	if err != nil {
 		return nil, err
 	}
-	wants, err := transport.Ping(ctx, reg, transport.NewUserAgent(c.retry, c.o.UserAgent))
+	wants, err := c.ping(ctx, reg)
 	if err != nil {
 		return nil, err
 	}
@@ -120,6 +121,33 @@ func (c *Client) door(ctx context.Context, host string) (*door, error) {
 	}
 	return d, nil
 }
+
+// ping asks the question itself. This machine is asked in the clear first, unless it has certificates, and once: nobody
+// listens in there, a registry there rarely knows more, and the keys for a connection that it then refuses take longer than
+// all else that it is asked.
+func (c *Client) ping(ctx context.Context, reg ggcr.Registry) (*transport.Challenge, error) {
+	via, err := c.retry.via(reg.RegistryStr())
+	if err == nil && loopback(reg.RegistryStr()) && (via == c.retry.strict || via == c.retry.lax) {
+		if wants, err := transport.Ping(ctx, reg, transport.NewUserAgent(inClear{via}, c.o.UserAgent)); err == nil {
+			return wants, nil
+		}
+	}
+	return transport.Ping(ctx, reg, transport.NewUserAgent(c.retry, c.o.UserAgent))
+}
+
+// inClear is a transport that does not encrypt, nor follow to where one has to.
+type inClear struct{ next http.RoundTripper }
+
+// RoundTrip implements http.RoundTripper.
+func (t inClear) RoundTrip(req *http.Request) (*http.Response, error) {
+	if req.URL.Scheme != "http" {
+		return nil, errEncrypted
+	}
+	return t.next.RoundTrip(req)
+}
+
+// errEncrypted refuses a request that would be encrypted.
+var errEncrypted = errors.New("https is asked later")
 
 func (k sessionKey) scopes() []string {
 	right := transport.PullScope
