@@ -139,15 +139,27 @@ func (s *state) keep(r buildRecord) error {
 	if err != nil {
 		return err
 	}
-	if list, err := os.ReadDir(dir); err != nil || len(list) <= keptBuilds {
+	return s.forgetOld()
+}
+
+// forgetOld removes the records that are too many, those first that were written first: to read them all takes longer than
+// many a build.
+func (s *state) forgetOld() error {
+	list, err := os.ReadDir(s.builds())
+	if err != nil || len(list) <= keptBuilds {
 		return err
 	}
-	all, err := s.readBuilds()
-	if err != nil {
-		return err
+	var all []fs.FileInfo
+	for _, d := range list {
+		if info, err := d.Info(); err == nil { // else another process removed it
+			all = append(all, info)
+		}
 	}
+	slices.SortFunc(all, func(a, b fs.FileInfo) int { return b.ModTime().Compare(a.ModTime()) })
 	for _, old := range all[min(len(all), keptBuilds):] {
-		err = errors.Join(err, s.forgetBuild(old.ID))
+		if e := os.Remove(filepath.Join(s.builds(), old.Name())); !errors.Is(e, fs.ErrNotExist) {
+			err = errors.Join(err, e)
+		}
 	}
 	return err
 }
