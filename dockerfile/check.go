@@ -9,7 +9,6 @@ import (
 	"strings"
 
 	"github.com/containerd/platforms"
-	"github.com/distribution/reference"
 	"github.com/moby/buildkit/frontend/dockerfile/instructions"
 	"github.com/moby/buildkit/frontend/dockerfile/linter"
 	"github.com/moby/buildkit/frontend/dockerfile/parser"
@@ -17,6 +16,8 @@ import (
 	"github.com/moby/buildkit/util/suggest"
 	"github.com/moby/patternmatcher"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"filo/layer/registry/reference"
 )
 
 // Severity says what a warning does to a build.
@@ -219,7 +220,7 @@ func (f *File) checkDefaultBases(stages []instructions.Stage, predefined *env, m
 		if err != nil {
 			return
 		}
-		if _, err := reference.ParseNormalizedNamed(word.Result); err != nil {
+		if _, err := reference.Parse(word.Result); err != nil {
 			lint.Run(&linter.RuleInvalidDefaultArgInFrom, s.Location, linter.RuleInvalidDefaultArgInFrom.Format(s.BaseName))
 		}
 	}

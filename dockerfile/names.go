@@ -6,8 +6,9 @@ import (
 	"strings"
 
 	"github.com/containerd/platforms"
-	"github.com/distribution/reference"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"filo/layer/registry/reference"
 )
 
 const scratch = "scratch"
@@ -16,8 +17,8 @@ const scratch = "scratch"
 // docker.io/library/alpine are one name. A platform after "::" is a part of it.
 func normalContext(name string) string {
 	name, platform, ok := strings.Cut(name, "::")
-	if named, err := reference.ParseNormalizedNamed(name); err == nil {
-		name = strings.TrimSuffix(reference.FamiliarString(named), ":latest")
+	if named, err := reference.Parse(name); err == nil {
+		name = strings.TrimSuffix(named.Familiar(), ":latest")
 	}
 	if !ok {
 		return name
@@ -50,7 +51,7 @@ func (f *File) image(name string, p *ocispec.Platform) (Ref, error) {
 	if name == scratch {
 		return Ref{Name: scratch}, nil
 	}
-	if _, err := reference.ParseNormalizedNamed(name); err != nil {
+	if _, err := reference.Parse(name); err != nil {
 		return Ref{}, fmt.Errorf("invalid stage or image name %q: %w", name, err)
 	}
 	if c, ok := f.context(name, p); ok {

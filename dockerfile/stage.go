@@ -7,13 +7,14 @@ import (
 	"strings"
 
 	"github.com/containerd/platforms"
-	"github.com/distribution/reference"
 	"github.com/moby/buildkit/frontend/dockerfile/instructions"
 	"github.com/moby/buildkit/frontend/dockerfile/linter"
 	"github.com/moby/buildkit/frontend/dockerfile/parser"
 	"github.com/moby/buildkit/frontend/dockerfile/shell"
 	"github.com/moby/buildkit/util/suggest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"filo/layer/registry/reference"
 )
 
 // Written is what FROM says before expansion.
@@ -230,11 +231,11 @@ func (s *Stage) Title() string {
 	case s.Base.Stage != nil, s.context, s.BaseText == scratch:
 		return "FROM " + s.BaseText
 	}
-	named, err := reference.ParseNormalizedNamed(s.BaseText)
+	named, err := reference.Parse(s.BaseText)
 	if err != nil {
 		return "FROM " + s.BaseText
 	}
-	return "FROM " + reference.TagNameOnly(named).String()
+	return "FROM " + named.Tagged().String()
 }
 
 // Start returns the config before the first step, given the base's: the base's triggers are gone, PATH is set.

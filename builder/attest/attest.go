@@ -12,11 +12,15 @@ package attest
 import (
 	"encoding/json"
 	"fmt"
+	"path"
+	"strings"
 
-	"github.com/moby/buildkit/util/purl"
+	"github.com/containerd/platforms"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"github.com/package-url/packageurl-go"
+
+	"filo/layer/registry/reference"
 )
 
 // Media types and annotations of attestations, BuildKit's.
@@ -85,7 +89,7 @@ func (s Statement) Marshal(subjects []Subject) ([]byte, error) {
 func Names(names []string, p ocispec.Platform, d digest.Digest) ([]Subject, error) {
 	var out []Subject
 	for _, n := range names {
-		uri, err := purl.RefToPURL(packageurl.TypeDocker, n, &p)
+		uri, err := imageURL(packageurl.TypeDocker, n, p)
 		if err != nil {
 			return nil, fmt.Errorf("name statement: %w", err)
 		}
@@ -95,6 +99,21 @@ func Names(names []string, p ocispec.Platform, d digest.Digest) ([]Subject, erro
 		out = append(out, NewSubject("_", d))
 	}
 	return out, nil
+}
+
+// imageURL is the package URL of an image for a platform, as BuildKit writes it.
+func imageURL(kind, ref string, p ocispec.Platform) (string, error) {
+	n, err := reference.Parse(ref)
+	if err != nil {
+		return "", fmt.Errorf("invalid reference %q: %w", ref, err)
+	}
+	var qualifiers packageurl.Qualifiers
+	if n.Digest != "" {
+		qualifiers = append(qualifiers, packageurl.Qualifier{Key: "digest", Value: n.Digest.String()})
+	}
+	qualifiers = append(qualifiers, packageurl.Qualifier{Key: "platform", Value: platforms.Format(platforms.Normalize(p))})
+	space, name := path.Split(n.FamiliarPath())
+	return packageurl.NewPackageURL(kind, strings.TrimSuffix(space, "/"), name, n.Tagged().Tag, qualifiers, "").ToString(), nil
 }
 
 // digests is a digest as statements write it.

@@ -11,8 +11,10 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/moby/buildkit/solver/llbsolver/provenance/types"
+	"github.com/moby/buildkit/util/purl"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"github.com/package-url/packageurl-go"
 
 	"filo/dockerfile"
 )
@@ -316,5 +318,20 @@ func TestNames(t *testing.T) {
 	}
 	if got, err := Names(nil, amd64, d); err != nil || len(got) != 1 || got[0].Name != "_" {
 		t.Errorf("Names of none = %v, %v", got, err)
+	}
+}
+
+// TestImageURL compares with BuildKit.
+func TestImageURL(t *testing.T) {
+	const sum = "@sha256:e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
+	for _, ref := range []string{"a", "a:1", "a" + sum, "a:1" + sum, "b/a", "c/b/a:x.y", "example.com:5000/a", "example.com/c/b/a:1" + sum, "docker.io/library/a", "A", ""} {
+		for _, kind := range []string{packageurl.TypeDocker, packageurl.TypeOCI} {
+			for _, p := range []ocispec.Platform{{OS: "linux", Architecture: "amd64"}, {OS: "linux", Architecture: "arm64", Variant: "v8"}, {OS: "linux", Architecture: "arm", Variant: "v7"}, {OS: "windows", Architecture: "x86_64"}} {
+				want, wantErr := purl.RefToPURL(kind, ref, &p)
+				if got, err := imageURL(kind, ref, p); got != want || (err == nil) != (wantErr == nil) {
+					t.Errorf("imageURL(%s, %q, %v) = %q, %v, want %q, %v", kind, ref, p, got, err, want, wantErr)
+				}
+			}
+		}
 	}
 }

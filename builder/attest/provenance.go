@@ -12,7 +12,6 @@ import (
 
 	"github.com/moby/buildkit/frontend/dockerfile/dfgitutil"
 	"github.com/moby/buildkit/solver/llbsolver/provenance/types"
-	"github.com/moby/buildkit/util/purl"
 	"github.com/moby/buildkit/util/urlutil"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
@@ -251,7 +250,7 @@ func (img Image) dependency() (dependency, bool, error) {
 	if dir, ok := strings.CutPrefix(img.Ref, "oci-layout://"); ok {
 		kind, ref = packageurl.TypeOCI, layoutName(dir)
 	}
-	uri, err := purl.RefToPURL(kind, ref, &img.Platform)
+	uri, err := imageURL(kind, ref, img.Platform)
 	if err != nil {
 		return dependency{}, false, err
 	}

@@ -18,7 +18,6 @@ import (
 	"strings"
 	"time"
 
-	"github.com/distribution/reference"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"golang.org/x/sync/errgroup"
 
@@ -26,6 +25,7 @@ import (
 	"filo/builder/image"
 	"filo/layer"
 	"filo/layer/registry"
+	"filo/layer/registry/reference"
 )
 
 // Exporter is what writing needs. Only Store is needed by all types, Client by those that push or that send
@@ -287,12 +287,8 @@ func (e Exporter) keep(ctx context.Context, p plan, root ocispec.Descriptor, g *
 }
 
 func digested(name string) bool {
-	n, err := reference.ParseNamed(name)
-	if err != nil {
-		return false
-	}
-	_, ok := n.(reference.Digested)
-	return ok
+	n, err := reference.ParseFull(name)
+	return err == nil && n.Digest != ""
 }
 
 // fetch brings all blobs into the store: layers of a base may so far only be promised.

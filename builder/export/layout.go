@@ -16,7 +16,6 @@ import (
 	"slices"
 	"time"
 
-	"github.com/distribution/reference"
 	"github.com/gofrs/flock"
 	"github.com/opencontainers/go-digest"
 	"github.com/opencontainers/image-spec/specs-go"
@@ -24,6 +23,7 @@ import (
 
 	"filo/builder/image"
 	"filo/layer"
+	"filo/layer/registry/reference"
 )
 
 // lockPoll is how often a layout that another process writes is tried again.
@@ -80,15 +80,11 @@ func entries(root ocispec.Descriptor, names []string) []ocispec.Descriptor {
 }
 
 func tagOf(full string) string {
-	n, err := reference.ParseNamed(full)
+	n, err := reference.ParseFull(full)
 	if err != nil {
 		return ""
 	}
-	t, ok := n.(reference.Tagged)
-	if !ok {
-		return ""
-	}
-	return t.Tag()
+	return n.Tag
 }
 
 // dockerManifest is the manifest.json by which docker load finds its way in the layout.
@@ -99,11 +95,11 @@ func dockerManifest(names []string, g *image.Graph) ([]byte, error) {
 		Layers   []string
 	}{Config: blobPath(g.Images[0].Config), Layers: []string{}}
 	for _, name := range names {
-		n, err := reference.ParseNamed(name)
+		n, err := reference.ParseFull(name)
 		if err != nil {
 			return nil, err
 		}
-		m.RepoTags = append(m.RepoTags, reference.FamiliarString(n))
+		m.RepoTags = append(m.RepoTags, n.Familiar())
 	}
 	for _, l := range g.Images[0].Layers {
 		m.Layers = append(m.Layers, blobPath(l))

@@ -8,12 +8,12 @@ import (
 	"maps"
 	"slices"
 
-	"github.com/distribution/reference"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"filo/layer"
 	"filo/layer/registry"
+	"filo/layer/registry/reference"
 )
 
 // AnnotationName is the annotation by which an entry of an index.json carries a full image name.
@@ -119,14 +119,14 @@ func taggable(name string) (full, tag string, err error) {
 	if err != nil {
 		return "", "", err
 	}
-	n, err := reference.ParseNamed(full)
+	n, err := reference.ParseFull(full)
 	if err != nil {
 		return "", "", err
 	}
-	if _, ok := n.(reference.Digested); ok {
+	if n.Digest != "" {
 		return "", "", fmt.Errorf("invalid name %q: a digest cannot be chosen", name)
 	}
-	return full, n.(reference.Tagged).Tag(), nil
+	return full, n.Tag, nil
 }
 
 // Lookup returns what a name of the local store stands for. A name with a digest needs that digest. If there

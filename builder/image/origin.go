@@ -12,12 +12,12 @@ import (
 	"slices"
 	"strings"
 
-	"github.com/distribution/reference"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"filo/layer"
 	"filo/layer/registry"
+	"filo/layer/registry/reference"
 )
 
 // resolved is the record of what a reference stood for.
@@ -28,14 +28,11 @@ type resolved struct {
 
 // pinned returns the digest of a full reference, if it has one.
 func pinned(full string) digest.Digest {
-	n, err := reference.ParseNamed(full)
+	n, err := reference.ParseFull(full)
 	if err != nil {
 		return ""
 	}
-	if d, ok := n.(reference.Digested); ok {
-		return d.Digest()
-	}
-	return ""
+	return n.Digest
 }
 
 func resolvedFile(s *layer.Store, full string) string {

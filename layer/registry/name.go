@@ -6,8 +6,9 @@ import (
 	"net/netip"
 	"strings"
 
-	"github.com/distribution/reference"
 	"github.com/opencontainers/go-digest"
+
+	"filo/layer/registry/reference"
 )
 
 // name is a normalised reference: never without a tag or a digest.
@@ -43,19 +44,12 @@ func Repository(ref string) (string, error) {
 }
 
 func parse(ref string) (name, error) {
-	p, err := reference.ParseNormalizedNamed(ref)
+	n, err := reference.Parse(ref)
 	if err != nil {
 		return name{}, fmt.Errorf("invalid reference %q: %w", ref, err)
 	}
-	p = reference.TagNameOnly(p)
-	n := name{domain: reference.Domain(p), path: reference.Path(p)}
-	if t, ok := p.(reference.Tagged); ok {
-		n.tag = t.Tag()
-	}
-	if d, ok := p.(reference.Digested); ok {
-		n.digest = d.Digest()
-	}
-	return n, nil
+	n = n.Tagged()
+	return name{domain: n.Domain, path: n.Path, tag: n.Tag, digest: n.Digest}, nil
 }
 
 func (n name) String() string {
@@ -129,11 +123,11 @@ func checkMirror(m string) error {
 	if path != "" {
 		probe = path + "/" + probe
 	}
-	n, err := reference.ParseNamed(host + "/" + probe)
+	n, err := reference.ParseFull(host + "/" + probe)
 	if err != nil {
 		return err
 	}
-	if reference.Domain(n) != host {
+	if n.Domain != host {
 		return fmt.Errorf("%q is not a host", host)
 	}
 	return nil
