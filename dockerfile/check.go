@@ -7,6 +7,7 @@ import (
 	"regexp"
 	"slices"
 	"strings"
+	"sync"
 
 	"github.com/containerd/platforms"
 	"github.com/moby/buildkit/frontend/dockerfile/instructions"
@@ -56,13 +57,15 @@ func (f *File) readDirectives(text []byte) error {
 	if given := f.args.Build["BUILDKIT_SYNTAX"]; given != "" {
 		syntax = given
 	}
-	if syntax != "" && !builtIn.MatchString(syntax) {
+	if syntax != "" && !builtIn().MatchString(syntax) {
 		f.Notes = append(f.Notes, fmt.Sprintf("syntax %s is not known here: the built-in one is used", syntax))
 	}
 	return nil
 }
 
-var builtIn = regexp.MustCompile(`^(dockerfile\.v0|(docker\.io/)?docker/dockerfile(-upstream)?([:@].*)?)$`)
+var builtIn = sync.OnceValue(func() *regexp.Regexp {
+	return regexp.MustCompile(`^(dockerfile\.v0|(docker\.io/)?docker/dockerfile(-upstream)?([:@].*)?)$`)
+})
 
 // FailOnWarnings says whether a warning stops the build.
 func (f *File) FailOnWarnings() bool { return f.check.ReturnAsError }
@@ -273,14 +276,16 @@ func (st *state) checkUnmatched(word string, unmatched map[string]struct{}, wher
 	}
 }
 
-var variable = regexp.MustCompile(`\$(?:(\w+)|\{(\w+)(:?[-+?])?)`)
+var variable = sync.OnceValue(func() *regexp.Regexp {
+	return regexp.MustCompile(`\$(?:(\w+)|\{(\w+)(:?[-+?])?)`)
+})
 
 // bare returns which of the unmatched variables of a word stand anywhere in it without a default or an alternative,
 // in the order of their names. Where they have one, not being set is nothing to warn of (BuildKit does).
 func bare(word string, unmatched map[string]struct{}) []string {
 	const most = 100 // nobody reads more, and looking for near names takes time
 	used := map[string]bool{}
-	for _, m := range variable.FindAllStringSubmatch(word, -1) {
+	for _, m := range variable().FindAllStringSubmatch(word, -1) {
 		name := m[1] + m[2]
 		if _, ok := unmatched[name]; ok && m[3] == "" {
 			used[name] = true
@@ -298,13 +303,17 @@ func (st *state) checkKeyValue(c instructions.Command, kv instructions.KeyValueP
 }
 
 var (
-	secretWord = regexp.MustCompile(`(?i)(^|_)(apikey|auth|credentials?|key|password|pword|passwd|secret|token)(_|$)`)
-	publicWord = regexp.MustCompile(`(?i)(^|_)(public|file|version)(_|$)`)
+	secretWord = sync.OnceValue(func() *regexp.Regexp {
+		return regexp.MustCompile(`(?i)(^|_)(apikey|auth|credentials?|key|password|pword|passwd|secret|token)(_|$)`)
+	})
+	publicWord = sync.OnceValue(func() *regexp.Regexp {
+		return regexp.MustCompile(`(?i)(^|_)(public|file|version)(_|$)`)
+	})
 )
 
 // checkSecretName reports variables that look as if they held a secret: they end up in the image or its history.
 func checkSecretName(instruction, name string, where []parser.Range, lint *linter.Linter) {
-	if secretWord.MatchString(name) && !publicWord.MatchString(name) {
+	if secretWord().MatchString(name) && !publicWord().MatchString(name) {
 		lint.Run(&linter.RuleSecretsUsedInArgOrEnv, where, linter.RuleSecretsUsedInArgOrEnv.Format(instruction, name))
 	}
 }

@@ -8,6 +8,7 @@ import (
 	"regexp"
 	"strconv"
 	"strings"
+	"sync"
 
 	"github.com/moby/buildkit/frontend/dockerfile/dfgitutil"
 	"github.com/moby/buildkit/frontend/dockerfile/instructions"
@@ -178,7 +179,9 @@ func checkChecksum(op *Copy) error {
 	return nil
 }
 
-var symbolicMode = regexp.MustCompile(`^[ugoa]*([-+=]([rwxXst]*|[ugo]))+(,[ugoa]*([-+=]([rwxXst]*|[ugo]))+)*$`)
+var symbolicMode = sync.OnceValue(func() *regexp.Regexp {
+	return regexp.MustCompile(`^[ugoa]*([-+=]([rwxXst]*|[ugo]))+(,[ugoa]*([-+=]([rwxXst]*|[ugo]))+)*$`)
+})
 
 // checkMode checks the value of --chmod: octal or symbolic.
 func checkMode(text string) error {
@@ -188,7 +191,7 @@ func checkMode(text string) error {
 	if n, err := strconv.ParseUint(text, 8, 32); err == nil && n <= 0o7777 {
 		return nil
 	}
-	if symbolicMode.MatchString(text) {
+	if symbolicMode().MatchString(text) {
 		return nil
 	}
 	if strings.Trim(text, "0123456789") == "" {

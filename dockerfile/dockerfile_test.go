@@ -296,3 +296,26 @@ func TestArgsEscaped(t *testing.T) {
 		}
 	}
 }
+
+// TestPlain holds what is plain against all kinds of lexers.
+func TestPlain(t *testing.T) {
+	vars := newEnv()
+	vars.set("a", "value")
+	for c := range rune(0x100) {
+		for _, text := range []string{"a" + string(c) + "a", string(c), " " + string(c) + string(c) + " a", string(c) + "<a", "a" + string([]byte{byte(c)})} {
+			if !plain(text) {
+				continue
+			}
+			for how := range 32 {
+				lex := newLexer([]rune("\\`")[how&1])
+				lex.RawQuotes, lex.RawEscapes, lex.SkipUnsetEnv, lex.SkipProcessQuotes = how&2 != 0, how&4 != 0, how&8 != 0, how&16 != 0
+				if got, err := lex.expand(text, vars); err != nil || got.Result != text || len(got.Matched)+len(got.Unmatched) > 0 {
+					t.Errorf("%q is plain and gives %+v, %v", text, got, err)
+				}
+			}
+		}
+	}
+	if !plain("RUN echo 0 > /file0") || plain("RUN echo $a") {
+		t.Error("plain is not what it was")
+	}
+}

@@ -38,6 +38,16 @@ func (l lexer) expand(word string, vars shell.EnvGetter) (shell.ProcessWordResul
 	return res, err
 }
 
+// plain reports whether any lexer leaves text as it is, which is so for most. It does not know all of them.
+func plain(text string) bool {
+	for i := range len(text) {
+		if c := text[i]; c < ' ' || c > '~' || strings.IndexByte("$'\"<\\`", c) >= 0 {
+			return false
+		}
+	}
+	return true
+}
+
 // counted is an env that counts what it hands out and stops at maxWord.
 type counted struct {
 	shell.EnvGetter

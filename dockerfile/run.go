@@ -136,9 +136,13 @@ func (st *state) runTitle(c *instructions.RunCommand, note string) string {
 			vars.secrets = append(vars.secrets, *m.Env)
 		}
 	}
+	text := c.String() + note
+	if plain(text) {
+		return upperFirst(text)
+	}
 	lex := st.file.lex()
 	lex.RawQuotes, lex.RawEscapes, lex.SkipUnsetEnv = true, true, true
-	return st.title(lex, c.String()+note, vars)
+	return st.title(lex, text, vars)
 }
 
 // runHistory returns the command, with the arguments in scope before it and how many they are.

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"sync"
 
 	"github.com/containerd/platforms"
 	"github.com/moby/buildkit/frontend/dockerfile/instructions"
@@ -508,8 +509,8 @@ func (st *state) origins(cmd instructions.Command) ([]Ref, error) {
 func (st *state) expandWords(cmd instructions.Command) error {
 	if ex, ok := cmd.(instructions.SupportsSingleWordExpansion); ok {
 		if _, isArg := cmd.(*instructions.ArgCommand); !isArg {
-			lex := st.file.lex()
-			if err := ex.Expand(func(w string) (string, error) { return st.expand(lex, w, cmd.Location()) }); err != nil {
+			lex := sync.OnceValue(st.file.lex) // large, and most RUN have no word for it
+			if err := ex.Expand(func(w string) (string, error) { return st.expand(lex(), w, cmd.Location()) }); err != nil {
 				return err
 			}
 		}

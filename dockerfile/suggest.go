@@ -4,6 +4,7 @@ import (
 	"regexp"
 	"slices"
 	"strings"
+	"sync"
 
 	"github.com/moby/buildkit/frontend/dockerfile/command"
 )
@@ -11,7 +12,9 @@ import (
 // The parser picks its suggestion from maps: of two names equally near it takes one by chance. Errors must not depend
 // on chance, so such a suggestion is made again here; two letters swapped count as one mistake, not two.
 
-var suggestion = regexp.MustCompile(`(unknown flag: --|unknown instruction: |unsupported mount type "|unsupported sharing value ")([^\s"=]*)(.*) \(did you mean (\S+)\?\)`)
+var suggestion = sync.OnceValue(func() *regexp.Regexp {
+	return regexp.MustCompile(`(unknown flag: --|unknown instruction: |unsupported mount type "|unsupported sharing value ")([^\s"=]*)(.*) \(did you mean (\S+)\?\)`)
+})
 
 var flagsOf = [][]string{
 	{"checksum", "chmod", "chown", "exclude", "keep-git-dir", "link", "unpack"}, // ADD
@@ -33,7 +36,7 @@ func (e *reworded) Unwrap() error { return e.error }
 // settle makes a suggestion of the parser independent of chance.
 func settle(err error) error {
 	text := err.Error()
-	m := suggestion.FindStringSubmatchIndex(text)
+	m := suggestion().FindStringSubmatchIndex(text)
 	if m == nil {
 		return err
 	}

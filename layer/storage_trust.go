@@ -73,7 +73,7 @@ func (s *Store) sound(d digest.Digest, info os.FileInfo) bool {
 		return false
 	}
 	defer r.Close()
-	if _, err := io.CopyBuffer(io.Discard, onlyReader{r}, make([]byte, copyBuffer)); err != nil {
+	if _, err := io.CopyBuffer(io.Discard, onlyReader{r}, make([]byte, min(info.Size()+1, copyBuffer))); err != nil {
 		now, err := os.Lstat(s.blobPath(d))
 		return err == nil && s.stamped(now)
 	}

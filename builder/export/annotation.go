@@ -5,21 +5,28 @@ import (
 	"maps"
 	"regexp"
 	"strings"
+	"sync"
 
 	"github.com/containerd/platforms"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
 // annotationKey is an attribute such as annotation.k, annotation-index.k, annotation-manifest[linux/arm64].k.
-var annotationKey = regexp.MustCompile(`^annotation(?:-([a-z-]+))?(?:\[([A-Za-z0-9_/.-]+)\])?\.(\S+)$`)
+var annotationKey = sync.OnceValue(func() *regexp.Regexp {
+	return regexp.MustCompile(`^annotation(?:-([a-z-]+))?(?:\[([A-Za-z0-9_/.-]+)\])?\.(\S+)$`)
+})
 
 // annotationSpec is a value of --annotation before its "=": TYPE[PLATFORM],…:KEY.
-var annotationSpec = regexp.MustCompile(`^((?:[a-z-]+(?:\[[A-Za-z0-9_/.-]+\])?,?)+):(\S+)$`)
+var annotationSpec = sync.OnceValue(func() *regexp.Regexp {
+	return regexp.MustCompile(`^((?:[a-z-]+(?:\[[A-Za-z0-9_/.-]+\])?,?)+):(\S+)$`)
+})
 
 // annotationTypes are what an annotation can stand on.
 var annotationTypes = []string{"index", "index-descriptor", "manifest", "manifest-descriptor"}
 
-func isAnnotation(k string) bool { return annotationKey.MatchString(k) }
+func isAnnotation(k string) bool {
+	return strings.HasPrefix(k, "annotation") && annotationKey().MatchString(k)
+}
 
 // annotations of a result by what they stand on.
 type annotations struct {
@@ -32,7 +39,7 @@ type levels struct{ manifest, manifestDescriptor map[string]string }
 
 // add understands one attribute.
 func (a *annotations) add(attr, v string) error {
-	m := annotationKey.FindStringSubmatch(attr)
+	m := annotationKey().FindStringSubmatch(attr)
 	kind, platform, k := m[1], m[2], m[3]
 	if strings.HasPrefix(kind, "index") && platform != "" {
 		return fmt.Errorf("%s: an index has no platform", attr)
@@ -102,7 +109,7 @@ func ParseAnnotation(spec string) (map[string]string, error) {
 		return nil, fmt.Errorf("annotation %q: want KEY=VALUE", spec)
 	}
 	kinds := "manifest"
-	if m := annotationSpec.FindStringSubmatch(key); m != nil {
+	if m := annotationSpec().FindStringSubmatch(key); m != nil {
 		kinds, key = m[1], m[2]
 	}
 	attrs := map[string]string{}

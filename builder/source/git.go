@@ -15,6 +15,7 @@ import (
 	"regexp"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/moby/buildkit/frontend/dockerfile/dfgitutil"
@@ -44,11 +45,13 @@ type fetchedRepo struct {
 }
 
 // hexID is a commit id or the beginning of one.
-var hexID = regexp.MustCompile(`^[0-9a-f]+$`)
+var hexID = sync.OnceValue(func() *regexp.Regexp {
+	return regexp.MustCompile(`^[0-9a-f]+$`)
+})
 
 // isCommit reports whether ref is a whole SHA-1 or SHA-256 id.
 func isCommit(ref string) bool {
-	return (len(ref) == 40 || len(ref) == 64) && hexID.MatchString(ref)
+	return (len(ref) == 40 || len(ref) == 64) && hexID().MatchString(ref)
 }
 
 // openGit opens a build context in a git repository.
@@ -104,7 +107,7 @@ func want(g *dfgitutil.GitRef, checksum string, keep bool) (wanted, error) {
 	}
 	w.checksum = strings.ToLower(w.checksum)
 	switch {
-	case w.checksum != "" && !hexID.MatchString(w.checksum):
+	case w.checksum != "" && !hexID().MatchString(w.checksum):
 		return w, fmt.Errorf("invalid checksum %s: a git checksum is a commit id in hexadecimal digits", w.checksum)
 	case strings.HasPrefix(w.ref, "-") || strings.ContainsAny(w.ref, "\x00\n\r\t ~^:?*[\\"):
 		return w, fmt.Errorf("invalid ref %q", w.ref)

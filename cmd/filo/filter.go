@@ -7,6 +7,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 
 	"filo/layer"
@@ -29,7 +30,9 @@ var filterTypes = map[string][]layer.Kind{
 	"source.local": {layer.KindSource}, "source.git.checkout": {layer.KindSource}, "frontend": {},
 }
 
-var filterForm = regexp.MustCompile(`^([a-z.-]+)(=|!=|~=)(.*)$`)
+var filterForm = sync.OnceValue(func() *regexp.Regexp {
+	return regexp.MustCompile(`^([a-z.-]+)(=|!=|~=)(.*)$`)
+})
 
 // parseFilters reads KEY=VALUE, KEY!=VALUE and KEY~=REGEXP, also several of them with commas between.
 func parseFilters(all []string) (*filter, error) {
@@ -48,7 +51,7 @@ func (f *filter) add(text string) error {
 	if text == "inuse" {
 		text = "inuse=true"
 	}
-	m := filterForm.FindStringSubmatch(text)
+	m := filterForm().FindStringSubmatch(text)
 	if m == nil {
 		return errors.New("want KEY=VALUE, KEY!=VALUE or KEY~=REGEXP")
 	}

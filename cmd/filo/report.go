@@ -137,7 +137,9 @@ func wantsProc(said string) bool {
 }
 
 // missingProgram is what shells say of a program with a path that cannot be executed.
-var missingProgram = regexp.MustCompile(`(?m): \S*/\S+: (not found|No such file or directory|cannot execute: required file not found)$`)
+var missingProgram = sync.OnceValue(func() *regexp.Regexp {
+	return regexp.MustCompile(`(?m): \S*/\S+: (not found|No such file or directory|cannot execute: required file not found)$`)
+})
 
 // exitHint knows what commands say when something common is missing.
 func exitHint(e *sandbox.ExitError, said string) string {
@@ -148,7 +150,7 @@ func exitHint(e *sandbox.ExitError, said string) string {
 		return "steps run in a chroot here, where /proc says nothing of processes: /dev/stdout, /dev/fd, <(…) and /proc/self are missing; `filo info` says what to change in the job for more (>&1 and >&2 work)"
 	case e.Code == 127 && (strings.Contains(said, "\r") || strings.Contains(e.Reason, `\r"`)):
 		return "a script has Windows line ends (\\r\\n); convert it to \\n"
-	case e.Code == 127 && missingProgram.MatchString(said):
+	case e.Code == 127 && missingProgram().MatchString(said):
 		return "if that file is there, what it needs is not: the interpreter that its first line names (Windows line ends, \\r\\n, count as part of the name), or the loader of a dynamically linked program"
 	case strings.Contains(e.Reason, "/bin/sh") && (strings.Contains(e.Reason, "no such file") || strings.Contains(e.Reason, "not found")):
 		return "this stage has no shell; use the JSON form RUN [\"program\", \"argument\"] or another base"
