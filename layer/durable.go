@@ -1,7 +1,6 @@
 package layer
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"io/fs"
@@ -11,6 +10,7 @@ import (
 
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 )
 
@@ -52,16 +52,13 @@ func (s *Store) settle(ctx context.Context, files ...string) error {
 	if len(fresh) == 0 {
 		return nil
 	}
-	for some := range slices.Chunk(fresh, syncs) {
+	for some := range slices.Chunk(append(s.above(fresh), fresh...), syncs) {
 		if ctx.Err() != nil {
 			return context.Cause(ctx)
 		}
 		if err := Sync(some...); err != nil {
 			return err
 		}
-	}
-	if err := Sync(s.above(fresh)...); err != nil {
-		return err
 	}
 	if err := Sync(filepath.Dir(s.dir)); err != nil && !errors.Is(err, fs.ErrPermission) {
 		return err
@@ -72,7 +69,7 @@ func (s *Store) settle(ctx context.Context, files ...string) error {
 	return nil
 }
 
-// above lists the directories of the store that names of files are in, each before the one that it is in.
+// above lists the directories of the store that names of files are in.
 func (s *Store) above(files []string) []string {
 	var dirs []string
 	for _, f := range files {
@@ -83,12 +80,15 @@ func (s *Store) above(files []string) []string {
 			}
 		}
 	}
-	slices.SortFunc(dirs, func(a, b string) int { return cmp.Compare(len(b), len(a)) })
 	return dirs
 }
 
-// Sync waits until files and directories are on the disk. First all are on their way: then the file system gives all of
-// them their place in one commit, which the first one waits for. File systems that cannot do that are passed over.
+// syncsAtOnce bounds how many threads wait for the disk.
+const syncsAtOnce = 8
+
+// Sync waits until files and directories are on the disk. First all are on their way, then all are waited for side by
+// side: so they get their place in one commit of the file system. One after the other each directory would have a commit of
+// its own where others write meanwhile. File systems that cannot do that are passed over.
 func Sync(paths ...string) (err error) {
 	var open []*os.File
 	defer func() {
@@ -104,12 +104,17 @@ func Sync(paths ...string) (err error) {
 		open = append(open, f)
 		_ = unix.SyncFileRange(int(f.Fd()), 0, 0, unix.SYNC_FILE_RANGE_WRITE) // only a hint
 	}
+	var g errgroup.Group
+	g.SetLimit(syncsAtOnce)
 	for _, f := range open {
-		if err := f.Sync(); err != nil && !errors.Is(err, unix.EINVAL) {
-			return err
-		}
+		g.Go(func() error {
+			if err := f.Sync(); err != nil && !errors.Is(err, unix.EINVAL) {
+				return err
+			}
+			return nil
+		})
 	}
-	return nil
+	return g.Wait()
 }
 
 // PromiseStored says that the blob d, if it is in the store, holds l: should no file of l's own say so any more, l can be

@@ -198,6 +198,9 @@ func (e Exporter) layoutDir(ctx context.Context, dir string, p plan, root ocispe
 	if mark != nil {
 		before = append(before, mark.tmp)
 	}
+	if missing != nil {
+		before = append(before, filepath.Dir(dir))
+	}
 	err = syncAll(before...)
 	if err == nil {
 		err = mark.put()
@@ -207,9 +210,6 @@ func (e Exporter) layoutDir(ctx context.Context, dir string, p plan, root ocispe
 	}
 	if err == nil {
 		err = syncAll(dir)
-	}
-	if err == nil && missing != nil {
-		err = syncAll(filepath.Dir(dir))
 	}
 	return err
 }
@@ -365,9 +365,11 @@ func (n *fresh) put() error {
 	if n == nil {
 		return nil
 	}
-	tmp := n.tmp
-	n.tmp = ""
-	return renamed(tmp, n.name)
+	err := os.Rename(n.tmp, n.name)
+	if err == nil {
+		n.tmp = ""
+	}
+	return err
 }
 
 // drop removes what was not put.
