@@ -288,6 +288,10 @@ func (s *Store) Temp(pattern string) (string, error) {
 	return dir, nil
 }
 
+// TempDir is the directory of this process on the store's file system, for files with names that nobody else takes. It
+// goes where those of [Store.Temp] go.
+func (s *Store) TempDir() string { return s.tmp }
+
 // isSHA256 says whether d is sha256: and 64 digits.
 func isSHA256(d string) bool {
 	hex, ok := strings.CutPrefix(d, "sha256:")

@@ -59,7 +59,7 @@ type Exported struct {
 	ConfigDigest string               // of a single manifest, else empty
 	Manifests    []ocispec.Descriptor // of an index, with platforms
 	Names        []string             // full names given to it
-	Graph        *image.Graph         // what the descriptor refers to; nil for local and tar
+	Graph        *image.Graph         // all that Descriptor refers to; nil for local and tar
 }
 
 // ID is what --iidfile gets: the config's digest of a single image, the digest of an index.

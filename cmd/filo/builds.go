@@ -126,17 +126,14 @@ func (s *state) keep(r buildRecord) error {
 	if err != nil {
 		return err
 	}
-	tmp, err := s.store.Temp("build-")
-	if err != nil {
-		return err
-	}
-	defer os.RemoveAll(tmp)
-	dir, name := s.builds(), r.ID+".json"
-	err = errors.Join(os.MkdirAll(dir, 0o755), os.WriteFile(filepath.Join(tmp, name), data, 0o600))
+	name := r.ID + ".json"
+	tmp := filepath.Join(s.store.TempDir(), name)
+	err = errors.Join(os.MkdirAll(s.builds(), 0o755), os.WriteFile(tmp, data, 0o600))
 	if err == nil {
-		err = os.Rename(filepath.Join(tmp, name), filepath.Join(dir, name))
+		err = os.Rename(tmp, filepath.Join(s.builds(), name))
 	}
 	if err != nil {
+		os.Remove(tmp)
 		return err
 	}
 	return s.forgetOld()

@@ -22,12 +22,8 @@ const dockerfileLimit = 16 << 20
 
 // read opens the build context ref and everything else that the request is made of.
 func (j *job) read(ctx context.Context, ref string) error {
-	temp, err := j.store.Temp("source")
-	if err != nil {
-		return err
-	}
 	o := source.Options{
-		Stdin: j.stdin, Temp: temp, UserAgent: "filo/" + version(), Epoch: j.req.Epoch, Secret: j.secret,
+		Stdin: j.stdin, Temp: j.store.TempDir(), UserAgent: "filo/" + version(), Epoch: j.req.Epoch, Secret: j.secret,
 		KeepGitDir: truthy(j.req.Args["BUILDKIT_CONTEXT_KEEP_GIT_DIR"]), SSHAuthSock: j.getenv("SSH_AUTH_SOCK"),
 		Keep: filepath.Join(j.store.Dir(), "sources", "http"), Repaired: j.repairs.add,
 	}

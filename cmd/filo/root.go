@@ -224,11 +224,8 @@ func (a *app) open(enter bool) (*state, error) {
 
 // prepare opens what needs the store.
 func (s *state) prepare(dir string, now func() time.Time, repaired func(string)) error {
-	temp, err := s.store.Temp("cache")
-	if err != nil {
-		return err
-	}
-	if s.cache, err = cache.Open(dir, temp, now); err != nil {
+	var err error
+	if s.cache, err = cache.Open(dir, s.store.TempDir(), now); err != nil {
 		return err
 	}
 	s.cache.Repaired = repaired
