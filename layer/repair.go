@@ -108,8 +108,11 @@ func (s *Store) revive(ctx context.Context, d digest.Digest) bool {
 // Ensure sees that a blob is here and right, as far as that shows without reading it: one that is promised is fetched,
 // one that is damaged mended, one that is lost made again. If it can be had from nowhere, the error wraps fs.ErrNotExist.
 func (s *Store) Ensure(ctx context.Context, d digest.Digest) error {
+	if s.Ready(d) {
+		return nil
+	}
 	if info, err := os.Lstat(s.blobPath(d)); err == nil && s.sound(d, info) { // else it is mended or removed
-		if s.stamped(info) || s.blobMark() == 0 { // else it has just been
+		if s.blobMark() == 0 { // else it has just been stamped
 			s.used(s.blobPath(d), info)
 		}
 		return nil
@@ -119,6 +122,16 @@ func (s *Store) Ensure(ctx context.Context, d digest.Digest) error {
 		return err
 	}
 	return r.Close()
+}
+
+// Ready says whether the blob d is here and known to hold what it should, so that [Store.Ensure] has nothing to do.
+func (s *Store) Ready(d digest.Digest) bool {
+	info, err := os.Lstat(s.blobPath(d))
+	if err != nil || !s.stamped(info) {
+		return false
+	}
+	s.stamp(s.blobPath(d))
+	return true
 }
 
 // errNotMade says that a blob is not here, and never was made here.

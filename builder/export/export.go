@@ -296,6 +296,9 @@ func (e Exporter) fetch(ctx context.Context, g *image.Graph) error {
 	group, ctx := errgroup.WithContext(ctx)
 	group.SetLimit(4)
 	for _, b := range g.Blobs {
+		if e.Store.Ready(b.Digest) { // nearly all are, and are looked at before a goroutine begins to
+			continue
+		}
 		group.Go(func() error {
 			if err := e.Store.Ensure(ctx, b.Digest); err != nil {
 				return image.Damaged(g.Root(), fmt.Errorf("blob %s: %w", b.Digest, err))
