@@ -31,23 +31,41 @@ type builder interface {
 	stop() error
 }
 
-// place is where a builder keeps its state: another directory after each reset, see [spread].
+// place is where a builder keeps its state: another directory after each reset. The old ones stay until nothing is measured
+// any more, or the disk has little room: ext4 looks at each inode that was deleted nearby in the last minutes before it takes
+// one, and nobody should pay for what the bench deletes between rounds.
 type place struct {
-	top string // holds all of them
-	n   int
+	top     string // holds all of them
+	n       int
+	discard func(dir string) error // removes one
 }
 
-func (p *place) dir() string { return fmt.Sprintf("%s/%d", p.top, p.n) }
+func (p *place) dir() string { return p.numbered(p.n) }
+
+func (p *place) numbered(n int) string { return fmt.Sprintf("%s/%d", p.top, n) }
 
 // renew leaves the state behind and makes an empty directory for the next.
 func (p *place) renew() error {
-	old := p.dir()
 	p.n++
-	if err := errors.Join(discard(old), os.MkdirAll(p.top, 0o755)); err != nil {
+	if err := os.MkdirAll(p.dir(), 0o755); err != nil {
 		return err
 	}
 	spread(p.top)
-	return os.MkdirAll(p.dir(), 0o755)
+	var st unix.Statfs_t
+	if err := unix.Statfs(p.top, &st); err != nil || st.Bavail > st.Blocks/5 {
+		return err
+	}
+	return p.discardUntil(p.n)
+}
+
+// discardUntil removes all directories below a number.
+func (p *place) discardUntil(n int) (err error) {
+	for i := range n {
+		if _, gone := os.Stat(p.numbered(i)); gone == nil {
+			err = errors.Join(err, p.discard(p.numbered(i)))
+		}
+	}
+	return err
 }
 
 // peer is a builder besides filo and what must be installed for it.
@@ -105,8 +123,10 @@ type contender struct {
 
 // contenders returns filo and the peers that are wanted and installed.
 func contenders(o options, dir, registry string) []contender {
-	at := func(name string) *place { return &place{top: filepath.Join(dir, name)} }
-	all := []contender{{&filoBuilder{binary: o.filo, place: at("filo")}, o.rounds}}
+	at := func(name string) *place { return &place{top: filepath.Join(dir, name), discard: discard} }
+	mine := &filoBuilder{binary: o.filo, place: at("filo"), keep: o.keep}
+	mine.discard = mine.forget
+	all := []contender{{mine, o.rounds}}
 	for _, p := range peers() {
 		if n := p.rounds(o); n > 0 && p.installed() {
 			all = append(all, contender{p.make(at(p.name), registry), n})
@@ -138,9 +158,7 @@ func discard(dir string) error {
 	return os.RemoveAll(dir)
 }
 
-// spread makes the file system put what is made in the directories of dir far from each other, where it can: ext4 looks
-// at each inode that was deleted nearby in the last minutes before it takes one, and nobody should pay for what the
-// bench deletes between rounds.
+// spread makes the file system put what is made in the directories of dir far from each other, where it can.
 func spread(dir string) {
 	f, err := os.Open(dir)
 	if err != nil {
@@ -161,18 +179,27 @@ func emptied(dir string) error {
 type filoBuilder struct {
 	*place
 	binary string
+	keep   bool
 }
 
 func (b *filoBuilder) name() string { return "filo" }
-func (b *filoBuilder) stop() error  { return nil }
+func (b *filoBuilder) reset() error { return b.renew() }
 
-func (b *filoBuilder) reset() error {
-	if _, err := os.Stat(b.dir()); err == nil { // an ordinary user can't remove what belongs to other ids of a rootless build
-		if err := exec.Command(b.binary, "prune", "--all", "--root", b.dir()).Run(); err != nil {
+func (b *filoBuilder) stop() error {
+	if b.keep || os.Getuid() == 0 { // who is root removes all in the end
+		return nil
+	}
+	return b.discardUntil(b.n + 1)
+}
+
+// forget removes a state. An ordinary user can't remove what belongs to other ids of a rootless build.
+func (b *filoBuilder) forget(dir string) error {
+	if os.Getuid() != 0 {
+		if err := exec.Command(b.binary, "prune", "--all", "--root", dir).Run(); err != nil {
 			return err
 		}
 	}
-	return b.renew()
+	return discard(dir)
 }
 
 func (b *filoBuilder) build(k task) (usage, error) {
