@@ -9,7 +9,6 @@ import (
 	"io"
 	"maps"
 	"os"
-	"path"
 	"path/filepath"
 	"slices"
 	"sort"
@@ -44,6 +43,7 @@ type Files struct {
 	s     *Store
 	path  string
 	old   map[string]*folder // what was remembered before, by path of the directory; it does not change
+	noted int64              // when the last of it was
 	mu    sync.Mutex
 	fresh map[string]remembered // what was learned since, by path of the file
 }
@@ -74,7 +74,7 @@ func (s *Store) Files(root string) *Files {
 	case err != nil:
 		s.repaired("remembered digests of files in " + root)
 	case noted <= s.now().Add(margin).UnixNano(): // else the clock was set back: change times do not tell what came first
-		f.old = old
+		f.old, f.noted = old, noted
 	}
 	return f
 }
@@ -147,14 +147,7 @@ func (f *Files) Save() error {
 	if len(f.fresh) == 0 {
 		return nil
 	}
-	all := make(map[string]remembered, len(f.fresh))
-	for dir, in := range f.old {
-		for i := range in.len() {
-			all[path.Join(dir, in.name(i))] = in.row(i)
-		}
-	}
-	maps.Copy(all, f.fresh)
-	return f.s.replace(f.path, encodeFiles(all))
+	return f.s.replace(f.path, encodeFiles(f.old, f.noted, f.fresh))
 }
 
 // folder is what is remembered of a directory, as it is in the file.
@@ -212,44 +205,75 @@ func (d *folder) find(name string) (remembered, bool) {
 	return d.row(i), true
 }
 
-// encodeFiles is a file of what is remembered of files, by path.
-func encodeFiles(all map[string]remembered) []byte {
-	byDir := map[string][]string{}
-	var noted int64
-	for path, r := range all {
+// encodeFiles is a file of what was remembered, by directory, the last of it at noted, and of what was learned since, by path
+// of the file. Directories of which nothing was learned are as they were.
+func encodeFiles(old map[string]*folder, noted int64, fresh map[string]remembered) []byte {
+	learned := map[string]map[string]remembered{}
+	for path, r := range fresh {
 		dir, name := split(path)
-		byDir[dir] = append(byDir[dir], name)
+		if learned[dir] == nil {
+			learned[dir] = map[string]remembered{}
+		}
+		learned[dir][name] = r
 		noted = max(noted, r.Noted)
 	}
-	const short = 32 // a name, to guess how much it is
-	b := make([]byte, len(filesMagic)+sha256.Size, len(filesMagic)+sha256.Size+len(all)*(short+rowSize))
+	all := maps.Clone(old)
+	if all == nil {
+		all = map[string]*folder{}
+	}
+	size := 0
+	for dir, files := range learned {
+		all[dir] = old[dir].with(files)
+	}
+	for dir, d := range all {
+		size += len(dir) + len(d.rows) + len(d.names) + 3*binary.MaxVarintLen64
+	}
+	const start = len(filesMagic) + sha256.Size
+	b := make([]byte, start, start+8+size)
 	copy(b, filesMagic)
 	b = binary.LittleEndian.AppendUint64(b, uint64(noted))
-	for _, dir := range slices.Sorted(maps.Keys(byDir)) {
-		b = appendFolder(b, dir, byDir[dir], all)
+	for _, dir := range slices.Sorted(maps.Keys(all)) {
+		d := all[dir]
+		b = append(binary.AppendUvarint(b, uint64(len(dir))), dir...)
+		b = binary.AppendUvarint(b, uint64(d.len()))
+		b = binary.AppendUvarint(b, uint64(len(d.names)))
+		b = append(append(b, d.rows...), d.names...)
 	}
-	sum := sha256.Sum256(b[len(filesMagic)+sha256.Size:])
+	sum := sha256.Sum256(b[start:])
 	copy(b[len(filesMagic):], sum[:])
 	return b
 }
 
-func appendFolder(b []byte, dir string, names []string, all map[string]remembered) []byte {
+// with is d with what was learned of files, by name. d may be nil.
+func (d *folder) with(files map[string]remembered) *folder {
+	names := slices.Collect(maps.Keys(files))
+	rows := map[string]string{} // that stay
+	if d != nil {
+		for i := range d.len() {
+			name := d.name(i)
+			if _, again := files[name]; !again {
+				names = append(names, name)
+				rows[name] = d.rows[i*rowSize:][:rowSize]
+			}
+		}
+	}
 	slices.Sort(names)
-	text := strings.Join(names, "")
-	b = append(binary.AppendUvarint(b, uint64(len(dir))), dir...)
-	b = binary.AppendUvarint(b, uint64(len(names)))
-	b = binary.AppendUvarint(b, uint64(len(text)))
+	b := make([]byte, 0, len(names)*rowSize)
 	end := 0
 	for _, name := range names {
 		end += len(name)
 		b = binary.LittleEndian.AppendUint32(b, uint32(end))
-		r := all[path.Join(dir, name)]
+		if row, ok := rows[name]; ok {
+			b = append(b, row[rowSeen:]...)
+			continue
+		}
+		r := files[name]
 		for _, n := range r.numbers() {
 			b = binary.LittleEndian.AppendUint64(b, uint64(*n))
 		}
 		b = append(b, r.Digest...)
 	}
-	return append(b, text...)
+	return &folder{rows: string(b), names: strings.Join(names, "")}
 }
 
 // Why a file of remembered digests is of no use.

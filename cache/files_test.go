@@ -3,7 +3,9 @@ package cache
 import (
 	"bytes"
 	"crypto/sha256"
+	"fmt"
 	"io"
+	"maps"
 	"os"
 	"path"
 	"slices"
@@ -88,7 +90,7 @@ func hexOf(b []byte) []byte {
 // What is read of any bytes, with a sum that fits, can be looked at and written again.
 func FuzzFiles(f *testing.F) {
 	d := digest.FromString("")
-	whole := encodeFiles(map[string]remembered{"a": {Size: 1, Noted: 7, Digest: d}, "d/b\xff": {Ino: 2, Digest: d}, "d/c": {Digest: d}})
+	whole := encodeFiles(nil, 0, map[string]remembered{"a": {Size: 1, Noted: 7, Digest: d}, "d/b\xff": {Ino: 2, Digest: d}, "d/c": {Digest: d}})
 	f.Add(whole[len(filesMagic)+sha256.Size:])
 	f.Add([]byte{})
 	f.Fuzz(func(t *testing.T, body []byte) {
@@ -109,9 +111,12 @@ func FuzzFiles(f *testing.F) {
 		if !ordered { // not what encodeFiles makes
 			return
 		}
-		again, _, err := readFiles(bytes.NewReader(encodeFiles(all)), 0)
+		again, _, err := readFiles(bytes.NewReader(encodeFiles(nil, 0, all)), 0)
 		if err != nil {
 			t.Fatalf("readFiles(encodeFiles(%v)): %v", all, err)
+		}
+		if got, want := encodeInTwo(t, all), encodeFiles(nil, 0, all); !bytes.Equal(got, want) {
+			t.Errorf("learned in two parts, %v is %q, else %q", all, got, want)
 		}
 		for name, want := range all {
 			dir, base := split(name)
@@ -120,6 +125,40 @@ func FuzzFiles(f *testing.F) {
 			}
 		}
 	})
+}
+
+// encodeInTwo is encodeFiles for who learned of half of the files, and something else of another, before.
+func encodeInTwo(t *testing.T, all map[string]remembered) []byte {
+	t.Helper()
+	early, late := map[string]remembered{}, map[string]remembered{}
+	for i, name := range slices.Sorted(maps.Keys(all)) {
+		switch i % 3 {
+		case 0:
+			early[name] = all[name]
+		case 1:
+			early[name] = remembered{Digest: digest.FromString("old")}
+			late[name] = all[name]
+		case 2:
+			late[name] = all[name]
+		}
+	}
+	b := encodeFiles(nil, 0, early)
+	old, noted, err := readFiles(bytes.NewReader(b), int64(len(b)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return encodeFiles(old, noted, late)
+}
+
+func TestFilesLearnedInTwo(t *testing.T) {
+	all := map[string]remembered{}
+	for i := range 100 {
+		name := fmt.Sprintf("d%d/f%d", i%7, i)
+		all[strings.TrimPrefix(name, "d0/")] = remembered{Size: int64(i), Noted: int64(i), Digest: digest.FromString(name)}
+	}
+	if got, want := encodeInTwo(t, all), encodeFiles(nil, 0, all); !bytes.Equal(got, want) {
+		t.Errorf("%q, want %q", got, want)
+	}
 }
 
 // A file that another filo wrote is nothing, and no damage; one that is torn is told of.
