@@ -196,9 +196,9 @@ func (b *Builder) Build(ctx context.Context, req Request) (Result, error) {
 	bd := &build{
 		Builder: b, req: req, jobs: semaphore.NewWeighted(int64(jobs)), runner: sandbox.Runner{Filter: seccomp.Docker},
 		bases: newOnce[baseKey, *image.Image](), files: newOnce[string, *cache.Files](), steps: newOnce[cache.Key, memory](),
+		trial: newTrial(ctx),
 	}
 	defer bd.runner.Close()
-	bd.trial.ctx, bd.trial.stop = context.WithCancelCause(ctx)
 	defer bd.trial.stop(nil)
 	return bd.run(bd.trial.ctx)
 }
@@ -215,7 +215,7 @@ type build struct {
 	made        madeList
 	cacheMounts sync.Map // directories of those used by this build
 	runner      sandbox.Runner
-	trial       trial
+	trial       *trial
 }
 
 // vertex is one line of progress.

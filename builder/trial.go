@@ -13,8 +13,16 @@ type trial struct {
 	work sync.WaitGroup
 
 	mu   sync.Mutex
-	last chan struct{} // closed when all that was awaited so far has ended; nil if nothing was
+	last chan struct{} // closed when all that was awaited so far has ended
 	err  error         // the first bad end
+}
+
+// newTrial makes the trial of a build that ends with parent. The caller calls stop in the end.
+func newTrial(parent context.Context) *trial {
+	t := &trial{last: make(chan struct{})}
+	close(t.last)
+	t.ctx, t.stop = context.WithCancelCause(parent)
+	return t
 }
 
 // inspection is a [layer.Inspection].
@@ -37,9 +45,7 @@ func (t *trial) await(in inspection) {
 		if err := in.Wait(t.ctx); err != nil {
 			t.fail(err)
 		}
-		if before != nil {
-			<-before
-		}
+		<-before
 	})
 }
 
@@ -52,14 +58,16 @@ func (t *trial) fail(err error) {
 	}
 }
 
+// awaited is closed when all that was awaited so far has ended.
+func (t *trial) awaited() <-chan struct{} {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.last
+}
+
 // verdict waits for all that was awaited so far. It returns the first bad end.
 func (t *trial) verdict() error {
-	t.mu.Lock()
-	last := t.last
-	t.mu.Unlock()
-	if last != nil {
-		<-last
-	}
+	<-t.awaited()
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	return t.err
@@ -67,15 +75,8 @@ func (t *trial) verdict() error {
 
 // then calls f with the verdict, at once if nothing is awaited.
 func (t *trial) then(f func(verdict error)) {
-	t.mu.Lock()
-	last, err := t.last, t.err
-	t.mu.Unlock()
-	if last == nil {
-		f(err)
-		return
-	}
 	select {
-	case <-last:
+	case <-t.awaited():
 		f(t.verdict())
 	default:
 		t.work.Go(func() { f(t.verdict()) })

@@ -33,15 +33,9 @@ func (s *slowInspection) Passed() bool {
 	}
 }
 
-func newTrial(t *testing.T) *trial {
-	tr := &trial{}
-	tr.ctx, tr.stop = context.WithCancelCause(t.Context())
-	return tr
-}
-
 func TestTrial(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		tr := newTrial(t)
+		tr := newTrial(t.Context())
 		var mu sync.Mutex
 		var kept []int
 		keep := func(i int) {
@@ -89,7 +83,7 @@ func TestTrial(t *testing.T) {
 
 func TestTrialFails(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		tr := newTrial(t)
+		tr := newTrial(t.Context())
 		bad := errors.New("damaged")
 		good := &slowInspection{end: make(chan struct{})}
 		worse := &slowInspection{end: make(chan struct{}), err: bad}
