@@ -217,11 +217,8 @@ func encodeFiles(old map[string]*folder, noted int64, fresh map[string]remembere
 		learned[dir][name] = r
 		noted = max(noted, r.Noted)
 	}
-	all := maps.Clone(old)
-	if all == nil {
-		all = map[string]*folder{}
-	}
-	size := 0
+	all, size := map[string]*folder{}, 0
+	maps.Copy(all, old)
 	for dir, files := range learned {
 		all[dir] = old[dir].with(files)
 	}
