@@ -126,11 +126,10 @@ func (s *state) keep(r buildRecord) error {
 	if err != nil {
 		return err
 	}
-	name := r.ID + ".json"
-	tmp := filepath.Join(s.store.TempDir(), name)
+	tmp := filepath.Join(s.store.TempDir(), r.file())
 	err = errors.Join(os.MkdirAll(s.builds(), 0o755), os.WriteFile(tmp, data, 0o600))
 	if err == nil {
-		err = os.Rename(tmp, filepath.Join(s.builds(), name))
+		err = os.Rename(tmp, filepath.Join(s.builds(), r.file()))
 	}
 	if err != nil {
 		os.Remove(tmp)
@@ -154,9 +153,7 @@ func (s *state) forgetOld() error {
 	}
 	slices.SortFunc(all, func(a, b fs.FileInfo) int { return b.ModTime().Compare(a.ModTime()) })
 	for _, old := range all[min(len(all), keptBuilds):] {
-		if e := os.Remove(filepath.Join(s.builds(), old.Name())); !errors.Is(e, fs.ErrNotExist) {
-			err = errors.Join(err, e)
-		}
+		err = errors.Join(err, s.forgetBuild(old.Name()))
 	}
 	return err
 }
@@ -164,9 +161,12 @@ func (s *state) forgetOld() error {
 // builds is where the records of builds are.
 func (s *state) builds() string { return filepath.Join(s.store.Dir(), "builds") }
 
-// forgetBuild removes a record; that another process did already is no error.
-func (s *state) forgetBuild(id string) error {
-	if err := os.Remove(filepath.Join(s.builds(), id+".json")); !errors.Is(err, fs.ErrNotExist) {
+// file is the name of the file of r.
+func (r buildRecord) file() string { return r.ID + ".json" }
+
+// forgetBuild removes the file of a record; that another process did already is no error.
+func (s *state) forgetBuild(file string) error {
+	if err := os.Remove(filepath.Join(s.builds(), file)); !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
 	return nil
@@ -327,7 +327,7 @@ func (a *app) historyRm() *cobra.Command {
 					if err != nil {
 						return err
 					}
-					if err := s.forgetBuild(r.ID); err != nil {
+					if err := s.forgetBuild(r.file()); err != nil {
 						return err
 					}
 				}
@@ -343,7 +343,7 @@ func (a *app) historyRm() *cobra.Command {
 func (s *state) forgetBuilds() error {
 	all, err := s.readBuilds()
 	for _, r := range all {
-		err = errors.Join(err, s.forgetBuild(r.ID))
+		err = errors.Join(err, s.forgetBuild(r.file()))
 	}
 	return err
 }
