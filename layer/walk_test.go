@@ -15,7 +15,7 @@ import (
 )
 
 // walked goes through a directory that has nothing below it, with so many bytes of content less to keep.
-func walked(t *testing.T, dir string, less int64) (nodes []*node) {
+func walked(t testing.TB, dir string, less int64) (nodes []*node) {
 	t.Helper()
 	root, err := rootfs.Open(dir)
 	if err != nil {

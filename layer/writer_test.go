@@ -16,8 +16,6 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"github.com/opencontainers/go-digest"
 	"golang.org/x/sys/unix"
-
-	"filo/layer/rootfs"
 )
 
 const emptyLayer = "sha256:5f70bf18a086007016e948b04aed3b82103a36bea41755b6cddfaf10ace3c6ef"
@@ -296,20 +294,10 @@ func entryFacts(e Entry) string {
 
 func treeFacts(t testing.TB, top string) []string {
 	t.Helper()
-	root, err := rootfs.Open(top)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer root.Close()
-	w := walker{ctx: t.Context(), root: root, lower: func(string) (*Entry, bool) { return nil, false }}
-	n, err := w.walk()
-	if err != nil {
-		t.Fatal(err)
-	}
 	var lines []string
-	n.each(func(n *node) {
+	for _, n := range walked(t, top, 0) {
 		if n.Path == "." {
-			return
+			continue
 		}
 		if n.Type == Regular {
 			data, err := os.ReadFile(filepath.Join(top, n.Path))
@@ -323,7 +311,7 @@ func treeFacts(t testing.TB, top string) []string {
 			line += " opaque"
 		}
 		lines = append(lines, line)
-	})
+	}
 	return lines
 }
 
