@@ -59,6 +59,7 @@ func works() []work {
 		{name: "3 stages", cases: []string{cold}, make: (*inputsOf).stages},
 		{name: "push unchanged", cases: []string{cold, cached}, make: (*inputsOf).pushing},
 		{name: "RUN writing 15,000 files", cases: []string{cold}, make: (*inputsOf).writing, wanted: want{cold: 3}},
+		{name: "RUN copying 15,000 files", cases: []string{cold}, make: (*inputsOf).copying, wanted: want{cold: 3}},
 		{name: "pull 200 MB", cases: []string{cold}, make: (*inputsOf).pull, wanted: want{cold: 2}},
 		{name: "30 RUN on 200 MB", cases: []string{cold, cached}, make: runs("heavy", 30), wanted: want{cold: 8, cached: 6}},
 		{name: "COPY 30,000 files", cases: []string{cold, cached, changed}, make: (*inputsOf).files, wanted: want{cold: 6, cached: 12, changed: 8}},
@@ -126,6 +127,8 @@ func (in *inputsOf) base(name string) (string, error) {
 				return errors.Join(l.dir("var", 0o755), l.file(fmt.Sprintf("var/layer%d", i), 0o644, []byte("x")))
 			})
 		}
+	case "sources":
+		more(func(l *layerTar) error { return fileTree(l, "usr/sources", in.scaled(15_000), 6_700) })
 	case "heavy":
 		for i := range 4 {
 			more(func(l *layerTar) error { return fileTree(l, fmt.Sprintf("usr/heavy%d", i), in.scaled(2000), 25_000) })
@@ -287,6 +290,7 @@ func (in *inputsOf) huge() (*job, error) {
 	return in.job("huge", "small", dir, "FROM %s\nCOPY huge /huge\n")
 }
 
+// writing is of files that are next to nothing, by a shell, which takes half of the time.
 func (in *inputsOf) writing() (*job, error) {
 	dir, err := in.empty()
 	if err != nil {
@@ -299,6 +303,15 @@ func (in *inputsOf) writing() (*job, error) {
 		j.floor = map[string]func() time.Duration{cold: func() time.Duration { return floorScript(in.dir, run) }}
 	}
 	return j, err
+}
+
+// copying writes files as big as those of a project by a program that does nothing else, as installers do.
+func (in *inputsOf) copying() (*job, error) {
+	dir, err := in.empty()
+	if err != nil {
+		return nil, err
+	}
+	return in.job("copying", "sources", dir, "FROM %s\nRUN cp -r /usr/sources /out\n")
 }
 
 func (in *inputsOf) pull() (*job, error) {
