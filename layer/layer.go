@@ -219,8 +219,10 @@ func (s *Store) putNew(name, text string) error {
 
 // makeTemp makes and locks this process's directory below tmp/.
 func (s *Store) makeTemp() error {
+	all := filepath.Join(s.dir, "tmp")
+	spread(all)
 	for {
-		dir, err := os.MkdirTemp(filepath.Join(s.dir, "tmp"), "process-")
+		dir, err := os.MkdirTemp(all, "process-")
 		if err != nil {
 			return err
 		}
