@@ -26,12 +26,12 @@ func (w *walk) ssh(ctx context.Context, m mount) (sandbox.Mount, func(), error) 
 	if err != nil {
 		return sandbox.Mount{}, nil, err
 	}
-	socket := filepath.Join(dir, "s")
-	l, err := net.Listen("unix", socket)
+	l, err := listen(dir)
 	if err != nil {
 		os.RemoveAll(dir)
 		return sandbox.Mount{}, nil, fmt.Errorf("ssh %s: %w", m.ID, err)
 	}
+	socket := filepath.Join(dir, socketName)
 	stop := forward(ctx, l, agent)
 	free := func() {
 		stop()
@@ -39,6 +39,23 @@ func (w *walk) ssh(ctx context.Context, m mount) (sandbox.Mount, func(), error) 
 	}
 	err = errors.Join(os.Chmod(socket, fileMode(deref(m.Mode, 0o600))), w.chown(socket, deref(m.UID, 0), deref(m.GID, 0)))
 	return sandbox.Mount{Type: sandbox.Bind, Source: socket, Target: m.Target}, free, err
+}
+
+const socketName = "s"
+
+// listen makes a socket in dir. The way to it goes through an open file: a socket's path must be shorter than dir's may be.
+func listen(dir string) (net.Listener, error) {
+	d, err := os.Open(dir)
+	if err != nil {
+		return nil, err
+	}
+	defer d.Close()
+	l, err := net.ListenUnix("unix", &net.UnixAddr{Net: "unix", Name: fmt.Sprintf("/proc/self/fd/%d/%s", d.Fd(), socketName)})
+	if err != nil {
+		return nil, err
+	}
+	l.SetUnlinkOnClose(false) // by then the number may stand for another directory
+	return l, nil
 }
 
 // chown sets the owner of what a step is shown. With one user ID there is nobody else to give it to.
