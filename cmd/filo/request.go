@@ -184,6 +184,9 @@ func (f *stepFlags) apply(req *builder.Request, env lookup) (err error) {
 	if req.Longest = f.longest; f.longest < 0 {
 		return fmt.Errorf("--step-timeout %s: want a time, like 10m", f.longest)
 	}
+	if f.jobs < 0 {
+		return fmt.Errorf("--jobs %d: want a number of steps", f.jobs)
+	}
 	if v, _ := env("FILO_KEEP_STORAGE"); f.keep == "" {
 		f.keep = v
 	}
