@@ -6,6 +6,7 @@ import (
 	"maps"
 	"os"
 	"path"
+	"slices"
 	"strings"
 
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
@@ -32,6 +33,11 @@ func (j *job) targetContext(name, value string) (builder.Named, error) {
 	j.nested++
 	first := j.nested * vertexesEach
 	return builder.Named{Text: value, Image: func(ctx context.Context, p ocispec.Platform) (*image.Image, error) {
+		above, _ := ctx.Value(nestedIn{}).([]string)
+		if slices.Contains(above, name) {
+			return nil, fmt.Errorf("build contexts need each other in a circle: %s", strings.Join(append(above, name), ", "))
+		}
+		ctx = context.WithValue(ctx, nestedIn{}, append(above[:len(above):len(above)], name))
 		req := j.req
 		if file != "" {
 			req.File, req.FileName = text, fileName
@@ -55,6 +61,9 @@ func (j *job) targetContext(name, value string) (builder.Named, error) {
 		return r.Images[0], nil
 	}}, nil
 }
+
+// nestedIn is the key of the names of the contexts for which a nested build is done, the outermost first.
+type nestedIn struct{}
 
 // vertexesEach is how far apart the numbers are that nested builds give their vertices.
 const vertexesEach = 1 << 20
