@@ -42,6 +42,7 @@ type mount struct {
 	key    mountKey
 	source []picked      // bind, cache: what is shown
 	layers []layer.Layer // bind, cache of a stage or image: where it is; nil for files that must be made a layer first
+	cache  string        // cache: names its directory
 }
 
 // prepare finds what the mounts of op show.
@@ -68,18 +69,33 @@ func (w *walk) prepareMount(ctx context.Context, m dockerfile.Mount) (mount, err
 		if err := w.prepareSource(ctx, &pm); err != nil {
 			return pm, err
 		}
-		pm.key.Content = pm.source[0].digest()
-	case dockerfile.MountCache: // what makes it another cache apart from its ID, see cacheMount
+		pm.key.Content = pm.source[0].shown()
+	case dockerfile.MountCache: // what makes it another cache apart from its ID, see cacheName
 		pm.key.Mode, pm.key.UID, pm.key.GID = m.Mode, m.UID, m.GID
-		if !m.HasFrom {
-			return pm, nil
+		if m.HasFrom {
+			if err := w.prepareSource(ctx, &pm); err != nil {
+				return pm, err
+			}
+			pm.key.Content = pm.source[0].shown()
 		}
-		if err := w.prepareSource(ctx, &pm); err != nil {
-			return pm, err
-		}
-		pm.key.Content = pm.source[0].digest()
+		pm.cache = cacheName(pm)
 	}
 	return pm, nil
+}
+
+// shown names what a mount of p shows: of a directory, unlike a copy of its files, the mode as well.
+func (p *picked) shown() digest.Digest {
+	return digest.FromString(fmt.Sprintf("%s %o", p.digest(), p.top.Mode))
+}
+
+// cacheName names the cache of a mount: its ID and how it begins.
+func cacheName(m mount) string {
+	h := sha256.New()
+	fmt.Fprintf(h, "%q %v %v %v\n", m.ID, deref(m.Mode, 0o755), deref(m.UID, 0), deref(m.GID, 0))
+	if m.HasFrom {
+		fmt.Fprintln(h, m.source[0].digest())
+	}
+	return fmt.Sprintf("%x", h.Sum(nil))
 }
 
 func (w *walk) prepareSource(ctx context.Context, m *mount) error {
@@ -101,14 +117,25 @@ func (w *walk) mount(ctx context.Context, p *sandbox.Process, r runStep, view *l
 			f()
 		}
 	}
+	caches := map[string]sandbox.Mount{}
 	for _, m := range claimed(r.mounts) {
+		sm, free, err := w.cacheMount(ctx, m)
+		if free != nil {
+			held = append(held, free)
+		}
+		if err != nil {
+			return release, err
+		}
+		caches[m.cache] = sm
+	}
+	for _, m := range r.mounts {
 		var sm sandbox.Mount
 		var free func()
 		switch m.Type {
 		case dockerfile.MountBind:
 			sm, free, err = w.bind(ctx, m)
 		case dockerfile.MountCache:
-			sm, free, err = w.cacheMount(ctx, m)
+			sm = caches[m.cache]
 		case dockerfile.MountTmpfs:
 			sm = sandbox.Mount{Type: sandbox.Tmpfs, Size: m.Size, Mode: dirMode(view, m.Target)}
 		case dockerfile.MountSecret:
@@ -146,18 +173,14 @@ func dirMode(v *layer.View, target string) uint32 {
 	return 0
 }
 
-// claimed sorts mounts so that cache mounts are claimed in one order by everybody: two steps must not wait for each
-// other's.
+// claimed returns the cache mounts among mounts, each cache once and in one order for everybody: two steps must not wait
+// for each other's. Of several mounts of one cache the strictest says how it is shared.
 func claimed(mounts []mount) []mount {
-	claim := func(m mount) string {
-		if m.Type != dockerfile.MountCache {
-			return ""
-		}
-		return "cache " + m.ID
-	}
-	return slices.SortedStableFunc(slices.Values(mounts), func(a, b mount) int {
-		return strings.Compare(claim(a), claim(b))
+	caches := slices.DeleteFunc(slices.Clone(mounts), func(m mount) bool { return m.Type != dockerfile.MountCache })
+	slices.SortFunc(caches, func(a, b mount) int {
+		return cmp.Or(strings.Compare(a.cache, b.cache), strings.Compare(a.Sharing, b.Sharing)) // locked, private, shared
 	})
+	return slices.CompactFunc(caches, func(a, b mount) bool { return a.cache == b.cache })
 }
 
 // lockPause is how often a busy lock of a cache mount is tried again.
@@ -188,7 +211,7 @@ func (w *walk) bind(ctx context.Context, m mount) (sandbox.Mount, func(), error)
 // materialise makes a layer of files that are in no layer yet and returns it with where in it they are.
 func (w *walk) materialise(ctx context.Context, source []picked) (layer.Layer, string, error) {
 	const at = "/source"
-	q, err := ask(struct{ Source string }{"materialise"}, source[0].digest())
+	q, err := ask(struct{ Source string }{"materialise"}, source[0].shown())
 	if err != nil {
 		return layer.Layer{}, "", err
 	}
@@ -215,18 +238,12 @@ type CacheMount struct {
 	Hold     func(ctx context.Context) (release func(), err error) // waits for the steps that use it, and keeps others away
 }
 
-// cacheMount shows a directory that outlives the build. Its identity is its ID and how it begins.
+// cacheMount shows a directory that outlives the build.
 func (w *walk) cacheMount(ctx context.Context, m mount) (sandbox.Mount, func(), error) {
 	if err := w.trial.verdict(); err != nil { // what is written there cannot be held back
 		return sandbox.Mount{}, nil, err
 	}
-	h := sha256.New()
-	fmt.Fprintf(h, "%q %v %v %v\n", m.ID, deref(m.Mode, 0o755), deref(m.UID, 0), deref(m.GID, 0))
-	if m.HasFrom {
-		fmt.Fprintln(h, m.source[0].digest())
-	}
-	parent, id := filepath.Join(w.Store.Dir(), "mounts"), fmt.Sprintf("%x", h.Sum(nil))
-	dir, lock, err := w.readyMount(ctx, parent, id, m)
+	dir, lock, err := w.readyMount(ctx, filepath.Join(w.Store.Dir(), "mounts"), m)
 	if lock == nil {
 		return sandbox.Mount{}, nil, fmt.Errorf("cache mount %s: %w", m.ID, err)
 	}
@@ -234,28 +251,28 @@ func (w *walk) cacheMount(ctx context.Context, m mount) (sandbox.Mount, func(), 
 	if err != nil {
 		return sandbox.Mount{}, free, fmt.Errorf("cache mount %s: %w", m.ID, err)
 	}
-	if w.Used != nil && !m.ReadOnly && !m.HasFrom && filepath.Base(dir) == id {
-		w.Used(travelling(dir, id, m))
+	if w.Used != nil && !m.ReadOnly && !m.HasFrom && filepath.Base(dir) == m.cache {
+		w.Used(travelling(dir, m))
 	}
 	return sandbox.Mount{Type: sandbox.Bind, Source: filepath.Join(dir, "data")}, free, nil
 }
 
 // readyMount finds or makes the directory of a cache mount and claims it: the lock is not nil then.
-func (w *walk) readyMount(ctx context.Context, parent, id string, m mount) (string, *flock.Flock, error) {
+func (w *walk) readyMount(ctx context.Context, parent string, m mount) (string, *flock.Flock, error) {
 	if err := os.MkdirAll(parent, 0o700); err != nil {
 		return "", nil, err
 	}
-	if m.Sharing != "private" && w.req.NoCache && w.firstUse(id) {
-		if err := w.renew(ctx, filepath.Join(parent, id), m); err != nil {
+	if m.Sharing != "private" && w.req.NoCache && w.firstUse(m.cache) {
+		if err := w.renew(ctx, filepath.Join(parent, m.cache), m); err != nil {
 			return "", nil, err
 		}
 	}
 	if w.Restore != nil && !w.req.NoCache && !m.HasFrom {
-		if err := w.restore(ctx, filepath.Join(parent, id), id, m); err != nil {
+		if err := w.restore(ctx, filepath.Join(parent, m.cache), m); err != nil {
 			return "", nil, err
 		}
 	}
-	dir, lock, err := w.claim(ctx, parent, id, m.Sharing)
+	dir, lock, err := w.claim(ctx, parent, m.cache, m.Sharing)
 	if err != nil {
 		return "", nil, err
 	}
@@ -264,7 +281,7 @@ func (w *walk) readyMount(ctx context.Context, parent, id string, m mount) (stri
 }
 
 // restore gives the cache mount in dir what it holds elsewhere, if it is empty. If somebody uses it, they have done that.
-func (w *walk) restore(ctx context.Context, dir, id string, m mount) error {
+func (w *walk) restore(ctx context.Context, dir string, m mount) error {
 	if filled(dir) {
 		return nil
 	}
@@ -285,7 +302,7 @@ func (w *walk) restore(ctx context.Context, dir, id string, m mount) error {
 	if err := os.Mkdir(fresh, 0o700); err != nil {
 		return err
 	}
-	if !w.Restore(ctx, travelling(dir, id, m), fresh) {
+	if !w.Restore(ctx, travelling(dir, m), fresh) {
 		return ctx.Err()
 	}
 	return errors.Join(w.dress(fresh, m), swap(fresh, dir, filepath.Join(tmp, "old")))
@@ -306,8 +323,8 @@ func filled(dir string) bool {
 const holdTime = 10 * time.Second
 
 // travelling is the cache mount in dir as others are told of it.
-func travelling(dir, id string, m mount) CacheMount {
-	return CacheMount{ID: m.ID, Identity: id, Dir: filepath.Join(dir, "data"), Hold: func(ctx context.Context) (func(), error) {
+func travelling(dir string, m mount) CacheMount {
+	return CacheMount{ID: m.ID, Identity: m.cache, Dir: filepath.Join(dir, "data"), Hold: func(ctx context.Context) (func(), error) {
 		ctx, cancel := context.WithTimeout(ctx, holdTime)
 		defer cancel()
 		lock := flock.New(dir + ".lock")
@@ -332,7 +349,7 @@ func (w *walk) renew(ctx context.Context, dir string, m mount) error {
 	return errors.Join(w.fill(ctx, dir, m, true), lock.Unlock())
 }
 
-// claim returns the directory of a cache mount, locked as sharing says: "shared" with others, "locked" alone after
+// claim returns the directory of the cache id, locked as sharing says: "shared" with others, "locked" alone after
 // waiting, "private" alone, or else another directory.
 func (w *walk) claim(ctx context.Context, parent, id, sharing string) (string, *flock.Flock, error) {
 	for i := 0; ; i++ {
