@@ -453,7 +453,10 @@ func (w *walk) fromFiles(ctx context.Context, of *layered, r *stageRun) error {
 	if err != nil {
 		return err
 	}
-	q, err := ask(struct{ From string }{"files"}, source[0].digest())
+	q, err := ask(struct {
+		From  string
+		Epoch *int64 `json:",omitempty"`
+	}{"files", w.clamp()}, source[0].digest())
 	if err != nil {
 		return err
 	}
