@@ -75,7 +75,7 @@ type Request struct {
 	MultiPlatform bool               // names of vertices carry the platform even for a single one
 
 	NoCache       bool
-	NoCacheFilter []string // stage names whose steps are done anew
+	NoCacheFilter []string // stages whose steps are done anew, in whatever case
 	Pull          bool     // ask the registry for every base
 	Verify        bool     // do hits again and compare
 	Explain       func(vertex, text string)
