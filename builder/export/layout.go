@@ -291,7 +291,7 @@ func (e Exporter) blobFile(ctx context.Context, dir string, d ocispec.Descriptor
 
 // stream calls write with the file that the output names or with Stdout.
 func (o Output) stream(write func(io.Writer) error) error {
-	if o.toStdout() {
+	if o.ToStdout() {
 		return write(o.Stdout)
 	}
 	if info, err := os.Stat(o.Dest); err == nil && info.IsDir() {

@@ -136,7 +136,7 @@ func (o Output) Check(names []string, platforms int) error {
 		return errors.New("tag is needed when pushing to registry")
 	case platforms == 1 && !o.Index && (len(p.annotations.index) > 0 || len(p.annotations.indexDescriptor) > 0):
 		return errors.New("index annotations not supported for single platform export")
-	case o.toStdout() && o.Stdout == nil:
+	case o.ToStdout() && o.Stdout == nil:
 		return fmt.Errorf("output type=%s: dest is required, refusing to write to the terminal", o.Type)
 	}
 	return nil
@@ -144,15 +144,15 @@ func (o Output) Check(names []string, platforms int) error {
 
 // repeatable reports whether what was half written can be written again, as to no stream.
 func (o Output) repeatable() bool {
-	if o.toStdout() {
+	if o.ToStdout() {
 		return false
 	}
 	info, err := os.Stat(o.Dest)
 	return err != nil || info.IsDir() || info.Mode().IsRegular()
 }
 
-// toStdout reports whether the output is a stream without a file.
-func (o Output) toStdout() bool {
+// ToStdout reports whether the output is a stream without a file.
+func (o Output) ToStdout() bool {
 	switch o.Type {
 	case "tar", "oci":
 		return o.Dest == "" || o.Dest == "-"

@@ -128,7 +128,7 @@ func (j *job) produce(ctx context.Context, b *builder.Builder, shared *remote.Ca
 			if err = j.inline(result); err == nil {
 				exported, err = j.export(ctx, result)
 			}
-			again = !slices.ContainsFunc(j.outputs, writesStdout)
+			again = !slices.ContainsFunc(j.outputs, export.Output.ToStdout) // a stream cannot be written twice
 		}
 		if err == nil || ctx.Err() != nil || !again {
 			return result, exported, err
@@ -142,11 +142,6 @@ func (j *job) produce(ctx context.Context, b *builder.Builder, shared *remote.Ca
 			return result, exported, err
 		}
 	}
-}
-
-// writesStdout reports whether an output is a stream, which cannot be written twice.
-func writesStdout(o export.Output) bool {
-	return o.Dest == "-" || o.Dest == "" && (o.Type == "oci" || o.Type == "tar")
 }
 
 // inline puts cache records into the images, if that is asked for.

@@ -49,6 +49,9 @@ func (f *resultFlags) parse(platforms int, index bool, stdout io.Writer) ([]expo
 		if err := o.Check(names, max(platforms, 1)); err != nil {
 			return nil, err
 		}
+		if o.ToStdout() && slices.ContainsFunc(outputs[:i], export.Output.ToStdout) {
+			return nil, errors.New("only one output can go to standard output")
+		}
 	}
 	return outputs, nil
 }
@@ -113,12 +116,12 @@ func (f *resultFlags) annotate(o *export.Output) error {
 	return nil
 }
 
-// titles are what exports are called in the display.
 // cacheOnly is the -o that asks for no result.
 const cacheOnly = "type=cacheonly"
 
 func (f *resultFlags) cacheOnly() bool { return slices.Contains(f.outputs, cacheOnly) }
 
+// titles are what exports are called in the display.
 var titles = map[string]string{
 	"oci": "exporting to oci image format", "docker": "exporting to docker image format", "image": "exporting to image",
 	"registry": "exporting to image", "local": "exporting to client directory", "tar": "exporting to client tarball",
@@ -215,7 +218,7 @@ func (j *job) writeFiles(all []export.Exported, r builder.Result) error {
 			return err
 		}
 	}
-	if j.flags.show.quiet && id != "" {
+	if j.flags.show.quiet && id != "" && !slices.ContainsFunc(j.outputs, export.Output.ToStdout) {
 		fmt.Fprintln(j.stdout, id)
 	}
 	return nil
