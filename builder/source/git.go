@@ -7,12 +7,14 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"net/http"
 	"net/url"
 	"os"
 	"os/exec"
 	"path"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -124,6 +126,7 @@ func want(g *dfgitutil.GitRef, checksum string, keep bool) (wanted, error) {
 // repo is a repository that is being fetched: git runs with its directories.
 type repo struct {
 	wanted
+	place   string // where the remote is: its URL, or where that has moved to
 	git     string // the program
 	gitDir  string
 	tree    string
@@ -146,14 +149,14 @@ func fetchRepo(ctx context.Context, w wanted, o Options) (_ *fetchedRepo, err er
 			err = errors.Join(err, os.RemoveAll(temp))
 		}
 	}()
-	r := &repo{wanted: w, git: git, gitDir: filepath.Join(temp, "git"), tree: filepath.Join(temp, "tree")}
+	r := &repo{wanted: w, place: w.remote, git: git, gitDir: filepath.Join(temp, "git"), tree: filepath.Join(temp, "tree")}
 	if w.keepGit && w.subdir == "" {
 		r.gitDir = filepath.Join(r.tree, ".git")
 	}
 	if err := os.Mkdir(r.tree, 0o755); err != nil {
 		return nil, err
 	}
-	if err := r.environ(temp, o); err != nil {
+	if err := r.environ(ctx, temp, o); err != nil {
 		return nil, err
 	}
 	at, err := r.resolve(ctx)
@@ -223,7 +226,7 @@ func (r *repo) match(p point) (point, error) {
 
 // list asks the remote for its refs: their ids by full name, and the name of its default branch.
 func (r *repo) list(ctx context.Context) (refs map[string]string, head string, err error) {
-	args := []string{"ls-remote", "--symref", "--", r.remote}
+	args := []string{"ls-remote", "--symref", "--", r.place}
 	if r.ref == "" {
 		args = append(args, "HEAD", "refs/heads/*")
 	} else {
@@ -302,9 +305,9 @@ func (r *repo) fetch(ctx context.Context, at point) (commit, error) {
 	if at.ref != "" {
 		spec = "+" + source + ":" + at.ref
 	}
-	_, err := r.run(ctx, "fetch", "--quiet", "--update-head-ok", "--no-tags", "--depth=1", "--", r.remote, spec)
+	_, err := r.run(ctx, "fetch", "--quiet", "--update-head-ok", "--no-tags", "--depth=1", "--", r.place, spec)
 	if err != nil && ctx.Err() == nil && isShallowError(err) {
-		_, err = r.run(ctx, "fetch", "--quiet", "--update-head-ok", "--no-tags", "--", r.remote, spec)
+		_, err = r.run(ctx, "fetch", "--quiet", "--update-head-ok", "--no-tags", "--", r.place, spec)
 	}
 	if err == nil {
 		if c, err := r.commit(ctx, at.id); err == nil || ctx.Err() != nil {
@@ -315,7 +318,7 @@ func (r *repo) fetch(ctx context.Context, at point) (commit, error) {
 		return commit{}, err
 	}
 	// The ref has moved meanwhile, or the server gives no commit by its id: take all and look for it.
-	_, allErr := r.run(ctx, "fetch", "--quiet", "--update-head-ok", "--no-tags", "--", r.remote, "+refs/heads/*:refs/remotes/origin/*", "+refs/tags/*:refs/tags/*")
+	_, allErr := r.run(ctx, "fetch", "--quiet", "--update-head-ok", "--no-tags", "--", r.place, "+refs/heads/*:refs/remotes/origin/*", "+refs/tags/*:refs/tags/*")
 	if allErr != nil {
 		return commit{}, errors.Join(err, allErr)
 	}
@@ -346,7 +349,7 @@ func (r *repo) updateSubmodules(ctx context.Context) error {
 		return nil
 	}
 	// Relative URLs of submodules start here.
-	if _, err := r.run(ctx, "config", "remote.origin.url", r.remote); err != nil {
+	if _, err := r.run(ctx, "config", "remote.origin.url", r.place); err != nil {
 		return err
 	}
 	args := []string{"submodule", "--quiet", "update", "--init", "--recursive"}
@@ -510,7 +513,7 @@ func children(pid int) (all []int) {
 
 // hide takes credentials out of what git says.
 func (r *repo) hide(text string) string {
-	text = strings.ReplaceAll(text, r.remote, redact(r.remote))
+	text = strings.ReplaceAll(text, r.place, redact(r.place))
 	for _, s := range r.secrets {
 		text = strings.ReplaceAll(text, s, "xxxxx")
 	}
@@ -535,7 +538,7 @@ var settings = [][2]string{
 
 // environ sets r.env: nothing of this process's environment but the way to programs, proxies and certificates.
 // Settings go there as well, since credentials are among them and arguments can be read by every user.
-func (r *repo) environ(temp string, o Options) error {
+func (r *repo) environ(ctx context.Context, temp string, o Options) error {
 	for _, v := range exec.Command(r.git).Environ() {
 		name, _, _ := strings.Cut(v, "=")
 		if passed[strings.ToUpper(name)] {
@@ -551,18 +554,11 @@ func (r *repo) environ(temp string, o Options) error {
 	if o.SSHAuthSock != "" {
 		r.env = append(r.env, "SSH_AUTH_SOCK="+o.SSHAuthSock)
 	}
-	all := settings
-	header, err := r.authorization(o)
+	auth, err := r.signIn(ctx, o)
 	if err != nil {
 		return err
 	}
-	if header != "" {
-		u, err := url.Parse(r.remote)
-		if err != nil {
-			return errors.New("invalid URL")
-		}
-		all = append(all[:len(all):len(all)], [2]string{"http." + u.Scheme + "://" + u.Host + "/.extraHeader", header})
-	}
+	all := slices.Concat(settings, auth)
 	r.env = append(r.env, "GIT_CONFIG_COUNT="+strconv.Itoa(len(all)))
 	for i, kv := range all {
 		r.env = append(r.env, fmt.Sprintf("GIT_CONFIG_KEY_%d=%s", i, kv[0]), fmt.Sprintf("GIT_CONFIG_VALUE_%d=%s", i, kv[1]))
@@ -582,6 +578,58 @@ func sshCommand(knownHosts string) string {
 	files := `"` + strings.ReplaceAll(knownHosts, "%", "%%") + `" ~/.ssh/known_hosts`
 	return "ssh -F " + os.DevNull + " -o BatchMode=yes -o IdentityFile=" + os.DevNull +
 		" -o StrictHostKeyChecking=accept-new -o 'UserKnownHostsFile=" + strings.ReplaceAll(files, "'", `'\''`) + "'"
+}
+
+// helper is what git asks for a user and password. It is asked for the repository's own host alone, so that a redirect
+// takes them nowhere else, as it would a header.
+const helper = `!f() { test "$1" != get || printf 'username=%s\npassword=%s\n' "$FILO_GIT_USER" "$FILO_GIT_PASSWORD"; }; f`
+
+// signIn returns the settings by which git signs in with what secrets hold for the repository, and sets r.place.
+func (r *repo) signIn(ctx context.Context, o Options) ([][2]string, error) {
+	header, err := r.authorization(o)
+	if header == "" || err != nil {
+		return nil, err
+	}
+	u, err := url.Parse(r.remote)
+	if err != nil {
+		return nil, errors.New("invalid URL")
+	}
+	if now := moved(ctx, r.remote, header, o); now != nil {
+		if isHome(u, now) {
+			now.User, u = u.User, now
+		}
+		r.place = now.String()
+	}
+	host := u.Scheme + "://" + u.Host + "/"
+	user, password, ok := (&http.Request{Header: http.Header{"Authorization": {header}}}).BasicAuth()
+	if !ok {
+		return [][2]string{{"http." + host + ".extraHeader", "Authorization: " + header}, {"http." + host + ".followRedirects", "false"}}, nil
+	}
+	r.secrets = append(r.secrets, password)
+	r.env = append(r.env, "FILO_GIT_USER="+user, "FILO_GIT_PASSWORD="+password)
+	return [][2]string{{"credential." + host + ".helper", helper}}, nil
+}
+
+// moved returns where a repository is now if its server redirects to another place, else nil. git would take a header along
+// to it, and heeds a redirect only if it need not sign in before.
+func moved(ctx context.Context, remote, header string, o Options) *url.URL {
+	const refs = "/info/refs"
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, strings.TrimSuffix(remote, "/")+refs+"?service=git-upload-pack", nil)
+	if err != nil {
+		return nil
+	}
+	req.Header.Set("Authorization", header)
+	resp, err := newClient(o).Do(req)
+	if err != nil {
+		return nil // git will say what is wrong
+	}
+	resp.Body.Close()
+	last := resp.Request.URL
+	path, ok := strings.CutSuffix(last.Path, refs)
+	if last == req.URL || !ok {
+		return nil
+	}
+	return &url.URL{Scheme: last.Scheme, Host: last.Host, Path: path}
 }
 
 // authorization returns the http header that secrets hold for the repository, "" for none. The host's own secret wins.
@@ -606,7 +654,7 @@ func (r *repo) authorization(o Options) (string, error) {
 			value = "basic " + base64.StdEncoding.EncodeToString([]byte("x-access-token:"+value))
 			r.secrets = append(r.secrets, value)
 		}
-		return "Authorization: " + value, nil
+		return value, nil
 	}
 	return "", nil
 }

@@ -8,6 +8,8 @@ import (
 	"io/fs"
 	"net/http"
 	"net/http/cgi"
+	"net/http/httputil"
+	"net/url"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -329,7 +331,7 @@ func TestGitSubmodules(t *testing.T) {
 	s.repo("inner")
 	s.module("middle", "inner", "../inner.git")
 	s.module("outer", "middle", "../middle.git")
-	s.auth.Store("basic " + base64.StdEncoding.EncodeToString([]byte("x-access-token:t0ken")))
+	s.auth.Store("Basic " + base64.StdEncoding.EncodeToString([]byte("x-access-token:t0ken")))
 	o := Options{Secret: func(id string) ([]byte, bool) { return []byte("t0ken\n"), id == "GIT_AUTH_TOKEN" }}
 	f, err := s.fetch("/outer.git", "", nil, o)
 	must(t, err)
@@ -374,12 +376,13 @@ func TestGitHostileModule(t *testing.T) {
 func TestGitAuth(t *testing.T) {
 	s := newGitServer(t)
 	s.repo("r")
-	token := "basic " + base64.StdEncoding.EncodeToString([]byte("x-access-token:t0ken"))
+	token := "Basic " + base64.StdEncoding.EncodeToString([]byte("x-access-token:t0ken"))
 	host := strings.TrimPrefix(s.url, "http://")
 	for _, c := range []struct{ id, value, auth string }{
 		{"GIT_AUTH_TOKEN", "t0ken", token},
 		{"GIT_AUTH_TOKEN." + host, "t0ken\n", token},
 		{"GIT_AUTH_HEADER", "Bearer x", "Bearer x"},
+		{"GIT_AUTH_HEADER", "basic " + strings.TrimPrefix(token, "Basic "), token},
 		{"GIT_AUTH_HEADER." + host, "Bearer x", "Bearer x"},
 	} {
 		s.auth.Store(c.auth)
@@ -397,6 +400,56 @@ func TestGitAuth(t *testing.T) {
 	o := Options{Secret: func(id string) ([]byte, bool) { return []byte("a\nb"), id == "GIT_AUTH_HEADER" }}
 	_, err = s.fetch("/r.git", "", nil, o)
 	wantError(t, err, "GIT_AUTH_HEADER")
+}
+
+// TestGitRedirect sees to it that a host gets what secrets hold for a repository only if that is on it.
+func TestGitRedirect(t *testing.T) {
+	s := newGitServer(t)
+	s.repo("r")
+	var leaked atomic.Bool
+	elsewhere := serve(t, func(w http.ResponseWriter, r *http.Request) {
+		leaked.Store(leaked.Load() || r.Header.Get("Authorization") != "")
+		backend, err := url.Parse(s.url)
+		must(t, err)
+		httputil.NewSingleHostReverseProxy(backend).ServeHTTP(w, r)
+	})
+	elsewhere = strings.Replace(elsewhere, "127.0.0.1", "localhost", 1)
+	here := ""
+	here = serve(t, func(w http.ResponseWriter, r *http.Request) {
+		path, renamed := strings.CutPrefix(r.URL.Path, "/old/")
+		switch _, password, _ := r.BasicAuth(); {
+		case password != "t0ken" && !strings.HasPrefix(r.Header.Get("Authorization"), "Bearer "):
+			w.Header().Set("WWW-Authenticate", "Basic")
+			http.Error(w, "who are you", http.StatusUnauthorized)
+		case renamed:
+			http.Redirect(w, r, here+"/"+path+"?"+r.URL.RawQuery, http.StatusMovedPermanently)
+		case strings.HasPrefix(r.URL.Path, "/new/"):
+			backend, err := url.Parse(s.url)
+			must(t, err)
+			r.URL.Path = strings.TrimPrefix(r.URL.Path, "/new")
+			httputil.NewSingleHostReverseProxy(backend).ServeHTTP(w, r)
+		default:
+			http.Redirect(w, r, elsewhere+r.URL.Path+"?"+r.URL.RawQuery, http.StatusFound)
+		}
+	})
+	fetch := func(path, id, value string) error {
+		o := Options{Secret: func(asked string) ([]byte, bool) { return []byte(value), asked == id }}
+		f, err := Fetch(t.Context(), here+path, "", nil, o)
+		if err == nil {
+			f.Close()
+		}
+		return err
+	}
+	for _, path := range []string{"/old/new/r.git", "/r.git"} {
+		for id, value := range map[string]string{"GIT_AUTH_TOKEN": "t0ken", "GIT_AUTH_HEADER": "Bearer x"} {
+			if err := fetch(path, id, value); err != nil {
+				t.Errorf("%s with %s: %v", path, id, err)
+			}
+		}
+	}
+	if leaked.Load() {
+		t.Error("the other host was told a secret")
+	}
 }
 
 func TestGitSHA256(t *testing.T) {
@@ -445,7 +498,7 @@ func TestGitEnvironment(t *testing.T) {
 		t.Setenv(k, v)
 	}
 	r := &repo{git: "git", gitDir: "/g", tree: "/t", wanted: wanted{remote: "git@h:r"}}
-	must(t, r.environ("/tmp/it's", Options{SSHAuthSock: "/sock"}))
+	must(t, r.environ(t.Context(), "/tmp/it's", Options{SSHAuthSock: "/sock"}))
 	env := "\n" + strings.Join(r.env, "\n") + "\n"
 	for _, want := range []string{"https_proxy=http://p", "GIT_DIR=/g", "SSH_AUTH_SOCK=/sock", "GIT_TERMINAL_PROMPT=0", "HOME=/dev/null"} {
 		if !strings.Contains(env, "\n"+want+"\n") {

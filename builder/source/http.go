@@ -138,7 +138,7 @@ func ask(ctx context.Context, ref string, old *download, o Options) (*download, 
 			}
 		}
 	}
-	c := &http.Client{Transport: o.Transport}
+	c := newClient(o)
 	pace := o.retry.orUsual()
 	for try, wait := 1, pace.first; ; try, wait = try+1, wait*2 {
 		d, again, err := askOnce(c, req, old, o.Temp)
@@ -151,6 +151,27 @@ func ask(ctx context.Context, ref string, old *download, o Options) (*download, 
 		case <-time.After(wait):
 		}
 	}
+}
+
+// newClient returns a client that takes credentials to no other host than that of the first request. net/http's own would
+// take them to another port, a subdomain, and from https to http.
+func newClient(o Options) *http.Client {
+	return &http.Client{Transport: o.Transport, CheckRedirect: func(next *http.Request, via []*http.Request) error {
+		if len(via) >= maxRedirects {
+			return fmt.Errorf("more than %d redirects", maxRedirects)
+		}
+		if !isHome(via[0].URL, next.URL) {
+			next.Header.Del("Authorization")
+		}
+		return nil
+	}}
+}
+
+const maxRedirects = 10
+
+// isHome reports whether a URL is on the host of another one and as safe on the way.
+func isHome(of, u *url.URL) bool {
+	return u.Host == of.Host && (u.Scheme == of.Scheme || u.Scheme == "https")
 }
 
 // askOnce is one try of ask; again reports whether another one could do better.

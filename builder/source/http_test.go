@@ -7,6 +7,7 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"os"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -252,5 +253,26 @@ func TestFetchedIsReadOnly(t *testing.T) {
 	must(t, err)
 	if fi, err := fs.Stat(f.FS, "empty"); err != nil || fi.Size() != 0 {
 		t.Errorf("Stat(empty) = %v, %v", fi, err)
+	}
+}
+
+// TestHTTPRedirect sees to it that a host gets what secrets hold for a file only if that is on it.
+func TestHTTPRedirect(t *testing.T) {
+	var said []string
+	other := serve(t, func(_ http.ResponseWriter, r *http.Request) { said = append(said, r.Header.Get("Authorization")) })
+	here := serve(t, func(w http.ResponseWriter, r *http.Request) {
+		said = append(said, r.Header.Get("Authorization"))
+		if r.URL.Path == "/old" {
+			http.Redirect(w, r, "/new", http.StatusFound)
+			return
+		}
+		http.Redirect(w, r, other, http.StatusFound)
+	})
+	o := fast(t)
+	o.Secret = func(id string) ([]byte, bool) { return []byte("t0ken"), id == "HTTP_AUTH_TOKEN_127.0.0.1" }
+	_, err := fetch(t, here+"/old", "", o)
+	must(t, err)
+	if want := []string{"Bearer t0ken", "Bearer t0ken", ""}; !slices.Equal(said, want) {
+		t.Errorf("the hosts were told %q, want %q", said, want)
 	}
 }
