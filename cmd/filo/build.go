@@ -4,8 +4,10 @@ import (
 	"bytes"
 	"context"
 	"crypto/rand"
+	"encoding/json"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"time"
@@ -18,6 +20,7 @@ import (
 	"filo/builder/sbom"
 	"filo/cache/remote"
 	"filo/cmd/filo/progress"
+	"filo/dockerfile"
 )
 
 const buildExamples = `  # build ./Dockerfile and keep the image as "hello" in the local store
@@ -257,11 +260,16 @@ func (j *job) warn(text string) { j.warnings = append(j.warnings, text) }
 
 // conclude shows the warnings and sums the build up.
 func (j *job) conclude(r builder.Result, all []export.Exported) {
-	if j.display.Mode() == progress.Quiet {
+	notes := slices.Concat(j.flags.ignored.warnings(), j.display.Notes(), j.warnings)
+	switch j.display.Mode() {
+	case progress.Quiet:
+		return
+	case progress.RawJSON:
+		j.concludeJSON(notes, r.Warnings)
 		return
 	}
 	var b strings.Builder
-	for _, w := range append(j.flags.ignored.warnings(), append(j.display.Notes(), j.warnings...)...) {
+	for _, w := range notes {
 		fmt.Fprintf(&b, "WARNING: %s\n", w)
 	}
 	if n := len(r.Warnings); n > 0 {
@@ -270,10 +278,18 @@ func (j *job) conclude(r builder.Result, all []export.Exported) {
 			fmt.Fprintf(&b, " - %s: %s%s\n", w.Rule, w.Message, atLine(w))
 		}
 	}
-	if j.display.Mode() != progress.RawJSON {
-		b.WriteString(j.summary(r, all))
+	fmt.Fprint(j.stderr, b.String()+j.summary(r, all))
+}
+
+// concludeJSON shows the warnings to programs, as the status object that it is one more of.
+func (j *job) concludeJSON(notes []string, found []dockerfile.Warning) {
+	var all []buildWarning
+	for _, text := range notes {
+		all = append(all, buildWarning{Level: 1, Short: []byte(text)})
 	}
-	fmt.Fprint(j.stderr, b.String())
+	if all = append(all, j.buildWarnings(found)...); len(all) > 0 {
+		json.NewEncoder(j.stderr).Encode(map[string]any{"warnings": all})
+	}
 }
 
 // count says how many there are of a thing.

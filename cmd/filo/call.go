@@ -78,8 +78,8 @@ func (j *job) call(ctx context.Context, c call) error {
 		err = j.ask(ctx, &out, c)
 	}
 	j.display.Close()
-	io.Copy(j.stdout, &out) // with an error: what was found before it
-	return err
+	_, werr := io.Copy(j.stdout, &out) // with an error: what was found before it
+	return errors.Join(err, werr)
 }
 
 func describe(w io.Writer, asJSON bool) error {

@@ -199,7 +199,7 @@ func (j *job) writeFiles(all []export.Exported, r builder.Result) error {
 		maps.Copy(metadata, x.Metadata())
 	}
 	if v, _ := j.env("BUILDX_METADATA_WARNINGS"); truthy(v) {
-		metadata["buildx.build.warnings"] = j.metadataWarnings(r.Warnings)
+		metadata["buildx.build.warnings"] = j.buildWarnings(r.Warnings)
 	}
 	if err := j.metadataProvenance(metadata, r); err != nil {
 		return err
@@ -219,26 +219,28 @@ func (j *job) writeFiles(all []export.Exported, r builder.Result) error {
 		}
 	}
 	if j.flags.show.quiet && id != "" && !slices.ContainsFunc(j.outputs, export.Output.ToStdout) {
-		fmt.Fprintln(j.stdout, id)
+		_, err := fmt.Fprintln(j.stdout, id)
+		return err
 	}
 	return nil
 }
 
-// metadataWarning is a build check's finding as buildx writes it: BuildKit's VertexWarning.
-type metadataWarning struct {
+// buildWarning is a warning in JSON, with its place in the Dockerfile if it has one: BuildKit's VertexWarning.
+type buildWarning struct {
 	Level  int         `json:"level"`
 	Short  []byte      `json:"short"`
 	Detail [][]byte    `json:"detail,omitempty"`
 	URL    string      `json:"url,omitempty"`
-	Source sourceInfo  `json:"sourceInfo"`
+	Source *sourceInfo `json:"sourceInfo,omitempty"`
 	Range  []lineRange `json:"range,omitempty"`
 }
 
-func (j *job) metadataWarnings(found []dockerfile.Warning) []metadataWarning {
-	out := []metadataWarning{}
+// buildWarnings are the findings of build checks.
+func (j *job) buildWarnings(found []dockerfile.Warning) []buildWarning {
+	out := []buildWarning{}
 	for _, w := range found {
 		short := []byte(w.Rule + ": " + w.Message + atLine(w))
-		out = append(out, metadataWarning{1, short, [][]byte{[]byte(w.Detail)}, w.URL, j.sources()[0], at(w.Ranges).Ranges})
+		out = append(out, buildWarning{1, short, [][]byte{[]byte(w.Detail)}, w.URL, &j.sources()[0], at(w.Ranges).Ranges})
 	}
 	return out
 }

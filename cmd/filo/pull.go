@@ -61,8 +61,8 @@ func (a *app) runPull(ctx context.Context, s *state, name string, p ocispec.Plat
 	if err := image.Tag(ctx, s.store, name, d); err != nil {
 		return err
 	}
-	fmt.Fprintln(a.stdout, d.Digest)
-	return nil
+	_, err = fmt.Fprintln(a.stdout, d.Digest)
+	return err
 }
 
 // fetch brings all blobs into the store, several at a time: what has a name is complete.

@@ -44,6 +44,6 @@ func (a *app) runPush(ctx context.Context, s *state, from, to string, insecure b
 	if err != nil {
 		return err
 	}
-	fmt.Fprintln(a.stdout, x.Descriptor.Digest)
-	return nil
+	_, err = fmt.Fprintln(a.stdout, x.Descriptor.Digest)
+	return err
 }
