@@ -179,7 +179,7 @@ func (s *stage) proc(insecure bool) (*procMount, error) {
 	return p, err
 }
 
-// mount adds the calls. A container that hides parts of its /proc may not make a new one; then the process sees what the
+// mount adds the calls. In a container that hides parts of its /proc no new one may be made; then the process sees what the
 // container does.
 func (p *procMount) mount(q *sequence) {
 	const step = "mount /proc"
@@ -192,8 +192,13 @@ func (p *procMount) mount(q *sequence) {
 	q.tolerate(1, unix.EPERM)
 	const onto = unix.MOVE_MOUNT_F_EMPTY_PATH | unix.MOVE_MOUNT_T_EMPTY_PATH
 	q.add(step, unix.SYS_MOVE_MOUNT, fresh, "", p.place, "", onto)
-	q.skip(1)
+	q.skip(4)
 	q.add(step, unix.SYS_MOVE_MOUNT, p.spare, "", p.place, "", onto)
+	// In a user namespace there may be a new one only beside another one that hides nothing.
+	fresh = q.add(step, unix.SYS_FSMOUNT, fs, unix.FSMOUNT_CLOEXEC, quiet)
+	q.tolerate(2, unix.EPERM, unix.EINVAL)
+	q.add(step, unix.SYS_UMOUNT2, "/proc", unix.MNT_DETACH)
+	q.add(step, unix.SYS_MOVE_MOUNT, fresh, "", p.place, "", onto)
 	if !p.bare {
 		p.mask(q)
 	}

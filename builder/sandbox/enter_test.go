@@ -70,6 +70,10 @@ func entersMain(how string) {
 			os.RemoveAll(b.root.Work + "/work")
 		}
 		r.Close()
+	case "proc":
+		p := theirBox().process("cat", "/proc/self/stat", "/proc/self/mountinfo")
+		p.Stdout = os.Stdout
+		fmt.Println(run(context.Background(), p))
 	case "run":
 		p := theirBox().process("sleep")
 		p.Stdout = os.Stdout
@@ -204,6 +208,24 @@ func TestAgain(t *testing.T) {
 			t.Errorf("%v: %s", err, out)
 		}
 	})
+}
+
+// TestOwnProc sees to it that a process sees itself and its descendants, and nobody else's /proc below its own.
+func TestOwnProc(t *testing.T) {
+	for _, how := range []string{"root", "rootless"} {
+		cmd := enterCommand(t, how, "proc", how == "rootless")
+		b := newBox(t)
+		for _, name := range []string{b.root.Upper, b.root.Work} {
+			if err := os.Chown(name, 1000, 1000); how == "rootless" && err != nil {
+				t.Fatal(err)
+			}
+		}
+		cmd.Env = append(cmd.Env, boxEnv+"="+b.dir)
+		out, err := cmd.CombinedOutput()
+		if err != nil || !strings.Contains(string(out), "\n1 (") || strings.Count(string(out), " /proc ") != 1 {
+			t.Errorf("%s: %v: %s", how, err, out)
+		}
+	}
 }
 
 // imprison starts this program again in a chroot in which a directory is /box. It is a mount, as it is for all who mean to
