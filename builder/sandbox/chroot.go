@@ -323,6 +323,9 @@ func act() error {
 	}
 	giveOutput([]int{1, 2}, h.Process.UID)
 	q := &sequence{}
+	if err := h.enterDirectory(q); err != nil {
+		return err
+	}
 	if err := h.become(q, false); err != nil {
 		return err
 	}

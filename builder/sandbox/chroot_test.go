@@ -168,6 +168,29 @@ func TestChrootUser(t *testing.T) {
 	}
 }
 
+// In filo Go's scheduler waits for files before an actor is one, as packages that initialize earlier read some.
+var _ = func() (err error) {
+	if os.Args[0] == actorName {
+		_, err = os.ReadFile(os.DevNull)
+	}
+	return err
+}()
+
+// TestChrootSlowStart has a process that takes long to start, as on a busy machine: meanwhile Go's scheduler looks at its
+// files in the one that becomes it.
+func TestChrootSlowStart(t *testing.T) {
+	b := newStall(t)
+	b.mkdir("volume/root/p")
+	b.install("volume/root/p/" + insideName)
+	os.Chmod(b.in("/p"), 0o700)
+	p := b.act(nil, "id")
+	p.UID, p.GID, p.Args[0] = 1000, 1000, insideName
+	p.Env = []string{"PATH=" + strings.Repeat("/p:", 40_000) + "/bin"}
+	if out := b.must(p); !strings.HasPrefix(out, "1000 1000") {
+		t.Errorf("id: %s", out)
+	}
+}
+
 // TestChrootTargets has targets that lead out of the root.
 func TestChrootTargets(t *testing.T) {
 	outside := t.TempDir()

@@ -4,7 +4,6 @@ import (
 	"cmp"
 	"errors"
 	"fmt"
-	"math"
 	"os"
 	"runtime"
 	"slices"
@@ -67,34 +66,34 @@ func begin() (*handover, error) {
 	return h, nil
 }
 
-// become adds the calls by which a child becomes the process, in the root that this one has.
+// become adds the calls by which a child becomes the process, in the root and the working directory that it has.
 func (h *handover) become(q *sequence, sameGroups bool) error {
+	q.add("set umask", unix.SYS_UMASK, 0o22)
+	q.heedSignals()
+	if err := q.dropPowers(h.Process, h.Filter, sameGroups); err != nil {
+		return err
+	}
+	return q.execute(h.Process)
+}
+
+// enterDirectory makes the working directory of the process that of this one, or adds the calls by which a child does it.
+func (h *handover) enterDirectory(q *sequence) error {
 	p := h.Process
 	if inProc(p.Dir) {
 		// Not chdir: links in there lead to the files that the launcher has open, the host's root among them.
 		dir := q.openInside("open working directory "+p.Dir, p.Dir, unix.O_DIRECTORY)
 		q.add("change to working directory "+p.Dir, unix.SYS_FCHDIR, dir)
-	} else {
-		fd, err := workingDirectory(p.Dir, p.UID, p.GID)
-		if err != nil {
-			return at("open working directory "+p.Dir, err)
-		}
-		// With root's rights, as in other builders: the user may not be allowed to.
-		if err := unix.Fchdir(fd); err != nil {
-			return at("change to working directory "+p.Dir, err)
-		}
+		return nil
 	}
-	// Nothing is left that /proc/self/fd could lead to, for the program may be looked for there as well.
-	q.add("close files", unix.SYS_CLOSE, orderFD)
-	q.ignore()
-	q.add("close files", unix.SYS_CLOSE_RANGE, reportFD+1, uintptr(math.MaxUint32), 0)
-	q.tolerate(0, unix.ENOSYS, unix.EPERM) // they are closed by the execution at the latest
-	q.add("set umask", unix.SYS_UMASK, 0o22)
-	q.heedSignals()
-	if err := q.dropPowers(p, h.Filter, sameGroups); err != nil {
-		return err
+	fd, err := workingDirectory(p.Dir, p.UID, p.GID)
+	if err != nil {
+		return at("open working directory "+p.Dir, err)
 	}
-	return q.execute(p)
+	// With root's rights, as in other builders: the user may not be allowed to.
+	if err := unix.Fchdir(fd); err != nil {
+		return at("change to working directory "+p.Dir, err)
+	}
+	return nil
 }
 
 // enterRoot makes every mount while the host is still in sight, then leaves

@@ -141,7 +141,21 @@ func (l *launcher) prepare(h *handover, outputs [2]int) (*sequence, error) {
 	}
 	proc.mount(q)
 	giveOutput(outputs[:], h.Process.UID)
+	if err := h.enterDirectory(q); err != nil {
+		return nil, err
+	}
+	q.closeFiles()
 	return q, h.become(q, l.sameGroups)
+}
+
+// closeFiles closes all that the launcher has open but the report: there is nothing left then to which /proc/self/fd could
+// lead, where the program may be looked for as well. Only a child may do so that is not Go's any more: the files of Go's
+// scheduler are among them.
+func (q *sequence) closeFiles() {
+	q.add("close files", unix.SYS_CLOSE, socketFD)
+	q.ignore()
+	q.add("close files", unix.SYS_CLOSE_RANGE, reportFD+1, uintptr(math.MaxUint32), 0)
+	q.tolerate(0, unix.ENOSYS, unix.EPERM) // they are closed by the execution at the latest
 }
 
 // child is one that makes the calls of a sequence.
