@@ -17,12 +17,16 @@ import (
 // Storage says how a stack of layers becomes one directory for a RUN.
 type Storage string
 
-// The kinds of storage. All make the same layers.
+// The kinds of storage. All make the same layers, but where a process changes a file of which a layer below has several
+// names: an overlay parts the name that it is changed by, the others change it under all of them, as file systems do.
 const (
 	StorageOverlay Storage = "overlay" // the caller mounts an overlay; the default
 	StorageBtrfs   Storage = "btrfs"   // layers are merged in a subvolume of which snapshots are taken
 	StorageVFS     Storage = "vfs"     // layers are merged in a directory; files are cloned where the file system can, else copied
 )
+
+// Merges says whether layers are merged in directories rather than mounted as overlays.
+func (k Storage) Merges() bool { return k == StorageBtrfs || k == StorageVFS }
 
 // BestStorage is the storage for a state directory where overlays cannot be mounted.
 func BestStorage(dir string) Storage {
@@ -80,11 +84,7 @@ func (s *Store) trySubvolume() error {
 	return removeMerged(filepath.Join(dir, "probe"))
 }
 
-// merges says whether layers are merged in directories rather than mounted as overlays.
-func (s *Store) merges() bool {
-	k := s.storage()
-	return k == StorageBtrfs || k == StorageVFS
-}
+func (s *Store) merges() bool { return s.storage().Merges() }
 
 // merged is a directory that holds the files of a chain of layers as one file system. Whoever
 // has taken it from the pool has it alone; those in the pool may have readers.

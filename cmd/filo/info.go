@@ -38,6 +38,9 @@ func (a *app) info() *cobra.Command {
 				fmt.Fprintf(w, "limits\t%s\n", sandbox.ChrootLimits)
 			}
 			fmt.Fprintf(w, "storage\t%s\n", s.storing())
+			if s.storing().Merges() {
+				fmt.Fprintf(w, "links\thard links change under all their names; an overlay parts those of layers below by a write\n")
+			}
 			if s.ground.SingleID {
 				fmt.Fprintf(w, "user ids\tone only: owners of files are kept in the image, not on disk\n")
 			}
