@@ -160,7 +160,7 @@ func ociDescriptor(d ocispec.Descriptor, algorithm string) ocispec.Descriptor {
 // makeBlob compresses l from a stored or promised blob, or from its tree.
 func (s *Store) makeBlob(ctx context.Context, l Layer, c Compression) error {
 	if len(s.storedBlobs(l)) == 0 {
-		if s.hasTree(l) && s.blobFromTree(ctx, l, c) == nil {
+		if s.hasTree(l) && s.blobFromTree(ctx, l, c, s.treePath(l)) == nil {
 			return nil
 		}
 		promises := s.promisesOf(l)
@@ -168,7 +168,7 @@ func (s *Store) makeBlob(ctx context.Context, l Layer, c Compression) error {
 			if err := s.obtain(ctx, l, need{tree: true}); err != nil {
 				return err
 			}
-			return s.blobFromTree(ctx, l, c)
+			return s.blobFromTree(ctx, l, c, s.treePath(l))
 		}
 		if err := s.obtain(ctx, l, need{blob: promises[0].desc.Digest}); err != nil {
 			if s.blobFromAny(ctx, l, c) != nil {
@@ -183,10 +183,12 @@ func (s *Store) makeBlob(ctx context.Context, l Layer, c Compression) error {
 // blobFromAny compresses l from what is here. The tree need not be trusted for that: what comes out has a digest.
 func (s *Store) blobFromAny(ctx context.Context, l Layer, c Compression) error {
 	err := s.blobFromBlob(ctx, l, c)
-	if _, none := os.Lstat(s.treePath(l)); err == nil || none != nil {
-		return err
+	for _, tree := range s.treesOf(l) {
+		if _, none := os.Lstat(tree); none == nil && err != nil {
+			err = s.blobFromTree(ctx, l, c, tree)
+		}
 	}
-	return s.blobFromTree(ctx, l, c)
+	return err
 }
 
 // blobFromBlob compresses l from another blob of it.
@@ -202,14 +204,14 @@ func (s *Store) blobFromBlob(ctx context.Context, l Layer, c Compression) error 
 	return cmp.Or(failed, errNotHere)
 }
 
-// blobFromTree compresses l from its tree. If that turns out to be damaged, it is removed.
-func (s *Store) blobFromTree(ctx context.Context, l Layer, c Compression) error {
+// blobFromTree compresses l from a tree of it. If that turns out to be damaged and is ours, it is removed.
+func (s *Store) blobFromTree(ctx context.Context, l Layer, c Compression, tree string) error {
 	x, err := s.index(ctx, l)
 	if err != nil {
 		return err
 	}
-	err = s.rebuild(ctx, l, Sinks{Blob: &c}, x, s.treePath(l))
-	if errors.Is(err, errDamagedTree) || errors.Is(err, fs.ErrNotExist) {
+	err = s.rebuild(ctx, l, Sinks{Blob: &c}, x, tree)
+	if tree == s.treePath(l) && (errors.Is(err, errDamagedTree) || errors.Is(err, fs.ErrNotExist)) {
 		s.repaired("tree of layer %s", l.DiffID)
 		err = errors.Join(err, s.loseTree(l))
 	}

@@ -5,7 +5,7 @@
 //
 //	blobs/sha256/<hex>        the tar, compressed or not (and manifests and configs)
 //	layers/<hex>/index        the entries, searchable; .whole: found whole since the last boot
-//	layers/<hex>/tree         unpacked as an overlay lower directory; .json: by which boot and id map
+//	layers/<hex>/tree         unpacked as an overlay lower directory; .json: by which boot. Other id maps have others beside it
 //	layers/<hex>/blobs        which blobs hold it: JSON, algorithm, level, descriptor
 //	flat/<hex>                which layers show what those of a base show, by its chain ID: a digest, JSON
 //	index.json, index.copy    the images that there are, twice
@@ -85,6 +85,7 @@ type Store struct {
 	promised map[digest.Digest]Layer           // by blob digest
 	turns    map[string]chan struct{}          // the goroutines' half of Lock
 	compared map[digest.Digest]*comparison     // trees that are compared with their indexes, or were
+	useless  map[digest.Digest]bool            // layers of which no tree that is here helped
 	verified map[digest.Digest]int64           // mtimes of blobs that were read and right
 	stubs    map[string]string                 // directories of stubs, by what is in them
 	short    []shortStack                      // of bases
@@ -146,6 +147,7 @@ func Open(dir string, o Options) (*Store, error) {
 		promised: map[digest.Digest]Layer{},
 		turns:    map[string]chan struct{}{},
 		compared: map[digest.Digest]*comparison{},
+		useless:  map[digest.Digest]bool{},
 		verified: map[digest.Digest]int64{},
 		stubs:    map[string]string{},
 	}
@@ -330,15 +332,15 @@ func (s *Store) Close() error {
 // Has says whether the files of l can be had: its tree or a blob of it is here, or a blob is promised.
 func (s *Store) Has(l Layer) bool {
 	s.mu.Lock()
-	promised := len(s.promises[l.DiffID]) > 0
+	promised, useless := len(s.promises[l.DiffID]) > 0, s.useless[l.DiffID]
 	s.mu.Unlock()
 	if promised {
 		return true
 	}
-	if _, err := os.Lstat(filepath.Join(s.layerDir(l), "tree")); err == nil {
-		return true
+	if _, err := os.Lstat(filepath.Join(s.layerDir(l), treeName)); err == nil && !useless {
+		return true // as most have
 	}
-	return len(s.storedBlobs(l)) > 0
+	return len(s.storedBlobs(l)) > 0 || !useless && len(s.unpacked(l)) > 0
 }
 
 // Lock waits until no other goroutine or process holds the lock called name,

@@ -19,7 +19,7 @@ import (
 )
 
 // ErrLost says that a layer which was in the store turned out to be damaged and can be had from nowhere. What is left
-// of it is removed: whoever made it can make it again.
+// of it here counts for nothing: whoever made it can make it again.
 var ErrLost = errors.New("layer was damaged and is lost")
 
 // Blobs are given to others by hard links, without being read, so that their content must be known to be right. Hashing

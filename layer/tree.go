@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"hash/fnv"
 	"io"
 	"io/fs"
 	"maps"
@@ -13,6 +14,7 @@ import (
 	"path"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -37,19 +39,55 @@ func (s *Store) Tree(ctx context.Context, l Layer) (string, error) {
 	return s.treePath(l), nil
 }
 
-func (s *Store) treePath(l Layer) string { return filepath.Join(s.layerDir(l), "tree") }
+// treePath is where the tree of l is that steps of this process use.
+func (s *Store) treePath(l Layer) string {
+	return filepath.Join(s.layerDir(l), s.treeOrigin().name())
+}
+
+// treesOf lists where l is, or was, unpacked: for steps of this process first, then for those of others.
+func (s *Store) treesOf(l Layer) []string {
+	own := s.treePath(l)
+	others := slices.DeleteFunc(s.unpacked(l), func(tree string) bool { return tree == own })
+	return append([]string{own}, others...)
+}
+
+// unpacked lists where l is unpacked for whatever kind of process.
+func (s *Store) unpacked(l Layer) (trees []string) {
+	list, _ := os.ReadDir(s.layerDir(l)) // what is not there holds none
+	for _, d := range list {
+		if d.IsDir() && strings.HasPrefix(d.Name(), treeName) {
+			trees = append(trees, filepath.Join(s.layerDir(l), d.Name()))
+		}
+	}
+	return trees
+}
 
 // treeOrigin says under which circumstances a tree was made.
 //
 // Trees are not synced to disk: they are big, and most are never needed after
 // a power cut. Instead a tree made before the last boot is compared with the
 // index once, file by file. A tree made under another id map has other owners
-// than it should.
+// than it should: processes with another one have trees of their own, beside it,
+// since steps of those that made it may be on it.
 type treeOrigin struct {
 	Boot   string `json:"boot"`
 	IDs    string `json:"ids"`
 	Single bool   `json:"singleID,omitempty"`
 	Plain  bool   `json:"plain,omitempty"` // without whiteouts and opaque marks: of no use in an overlay
+}
+
+// treeName is what a tree is called, and what the names of others begin with.
+const treeName = "tree"
+
+// name is what trees of this origin are called, in whatever boot they were made.
+func (o treeOrigin) name() string {
+	const all = "0 0 4294967295 / 0 0 4294967295" // no user namespace
+	if o.IDs == all && !o.Single && !o.Plain {
+		return treeName
+	}
+	h := fnv.New32a()
+	fmt.Fprint(h, o.IDs, o.Single, o.Plain)
+	return treeName + "-" + strconv.FormatUint(uint64(h.Sum32()), 16)
 }
 
 func newTreeOrigin(single bool) treeOrigin {
@@ -80,13 +118,14 @@ func (s *Store) hasTree(l Layer) bool {
 func (s *Store) trustTree(l Layer) {
 	s.mu.Lock()
 	s.compared[l.DiffID] = wholeTree
+	delete(s.useless, l.DiffID)
 	s.mu.Unlock()
 	s.touch(s.layerDir(l))
 }
 
 func (s *Store) readOrigin(l Layer) (treeOrigin, error) {
 	var made treeOrigin
-	b, err := ReadFile(filepath.Join(s.layerDir(l), "tree.json"))
+	b, err := ReadFile(s.treePath(l) + ".json")
 	if err != nil {
 		return made, err
 	}
@@ -97,13 +136,11 @@ func (s *Store) readOrigin(l Layer) (treeOrigin, error) {
 func (s *Store) adoptTree(ctx context.Context, l Layer, x *index) error {
 	made, err := s.readOrigin(l)
 	if err != nil {
-		made = treeOrigin{IDs: s.origin.IDs, Single: s.origin.Single} // its maker died, or the disk lost it: reading all tells
+		made = s.treeOrigin() // its maker died, or the disk lost it: reading all tells
+		made.Boot = ""
 	}
-	switch {
-	case made.IDs != s.origin.IDs || made.Single != s.origin.Single:
-		return errors.New("tree has owners of another id map")
-	case made.Plain && !s.merges():
-		return errors.New("tree does not say what the layer deletes")
+	if made.name() != s.treeOrigin().name() {
+		return errors.New("tree has another name than it should")
 	}
 	check := treeCheck{dir: s.treePath(l), x: x, plain: made.Plain, single: s.single, deep: made.Boot == "" || made.Boot != s.origin.Boot}
 	if err := check.run(ctx); err != nil {
@@ -120,7 +157,7 @@ func (s *Store) markTree(l Layer) error {
 	if err != nil {
 		return err
 	}
-	if err := s.putFile(filepath.Join(s.layerDir(l), "tree.json"), b); err != nil {
+	if err := s.putFile(s.treePath(l)+".json", b); err != nil {
 		return err
 	}
 	s.trustTree(l)
@@ -177,12 +214,20 @@ func moveReadOnly(dir, to string) error {
 	return errors.Join(os.Chmod(to, info.Mode()), os.Chtimes(to, info.ModTime(), info.ModTime()))
 }
 
-// dropTree moves an untrusted tree of l out of the way, into dir.
-func (s *Store) dropTree(l Layer, dir string) {
-	to := filepath.Join(dir, "old")
+// dropTree moves an untrusted tree of l out of the way, and returns where it is then: in dir. One that was whole since the
+// last boot may have steps of other processes on it, who see what is removed vanish; it stays with the layer.
+func (s *Store) dropTree(l Layer, dir string) (to string) {
+	if made, err := s.readOrigin(l); err == nil && made.Boot == s.origin.Boot {
+		if kept, err := os.MkdirTemp(s.layerDir(l), "lost-"); err == nil {
+			dir = kept
+			defer os.Remove(kept) // if there was no tree
+		}
+	}
+	to = filepath.Join(dir, "old")
 	if err := os.Rename(s.treePath(l), to); errors.Is(err, unix.EACCES) {
 		_ = moveReadOnly(s.treePath(l), to)
 	}
+	return to
 }
 
 // rebuild makes what k asks for from index and tree of l, and fails if they
@@ -216,10 +261,10 @@ func (s *Store) rebuild(ctx context.Context, l Layer, k Sinks, x *index, dir str
 	return err
 }
 
-// reindex makes the index of l from its tree, if the tree still says all that
+// reindex makes the index of l from a tree of it, if that still says all that
 // the layer says.
-func (s *Store) reindex(ctx context.Context, l Layer) error {
-	root, err := rootfs.Open(s.treePath(l))
+func (s *Store) reindex(ctx context.Context, l Layer, tree string) error {
+	root, err := rootfs.Open(tree)
 	if err != nil {
 		return err
 	}

@@ -54,10 +54,18 @@ func (s *Store) obtain(ctx context.Context, l Layer, n need) error {
 		return nil
 	case ctx.Err() != nil:
 		return context.Cause(ctx)
-	case !s.Has(l) && !noRoom(err):
+	case n.into == "" && !noRoom(err) && s.isLost(l):
 		err = fmt.Errorf("%w: %w", ErrLost, err)
 	}
 	return fmt.Errorf("unpack layer %s: %w", l.DiffID, err)
+}
+
+// isLost says whether l can be had from nowhere, now that its trees, which may be others', turned out to be of no use.
+func (s *Store) isLost(l Layer) bool {
+	s.mu.Lock()
+	s.useless[l.DiffID] = true
+	s.mu.Unlock()
+	return !s.Has(l)
 }
 
 // noRoom says whether err is about the disk and not about what is on it.
@@ -92,11 +100,12 @@ func (s *Store) fulfilled(l Layer, n need, x *index) bool {
 	return err == nil
 }
 
-// obtainFrom tries stored blobs, promised ones and an untrusted tree, in this
-// order.
+// obtainFrom tries stored blobs, promised ones, an untrusted tree and those of
+// others, in this order.
 func (s *Store) obtainFrom(ctx context.Context, l Layer, n need, x *index, dir string) error {
+	trees := s.treesOf(l)
 	if n.into == "" && s.wantsTree(l, n) {
-		s.dropTree(l, dir)
+		trees[0] = s.dropTree(l, dir)
 	}
 	var failed error
 	for _, o := range s.origins(l, n) {
@@ -110,8 +119,11 @@ func (s *Store) obtainFrom(ctx context.Context, l Layer, n need, x *index, dir s
 		failed = errors.Join(failed, err)
 		removeAll(filepath.Join(dir, "new"))
 	}
-	if n.blob == "" && n.into == "" {
-		if err := s.obtainFromTree(ctx, l, x, filepath.Join(dir, "old")); err == nil {
+	for _, tree := range trees {
+		if n.blob != "" || n.into != "" {
+			break
+		}
+		if err := s.obtainFromTree(ctx, l, x, tree); err == nil {
 			return nil
 		} else if !errors.Is(err, fs.ErrNotExist) {
 			failed = errors.Join(failed, err)
@@ -123,13 +135,13 @@ func (s *Store) obtainFrom(ctx context.Context, l Layer, n need, x *index, dir s
 	return failed
 }
 
-// obtainFromTree makes a tree that can't be trusted, moved to old, or an index
-// that is damaged again from the other of the two.
-func (s *Store) obtainFromTree(ctx context.Context, l Layer, x *index, old string) error {
+// obtainFromTree makes from a tree, one that can't be trusted or used here, and
+// the index a tree again; or the index, if that is damaged, from the tree.
+func (s *Store) obtainFromTree(ctx context.Context, l Layer, x *index, tree string) error {
 	if x != nil {
-		return s.rebuild(ctx, l, Sinks{Tree: true}, x, old)
+		return s.rebuild(ctx, l, Sinks{Tree: true}, x, tree)
 	}
-	return s.reindex(ctx, l)
+	return s.reindex(ctx, l, tree)
 }
 
 // origin is a blob to unpack l from.

@@ -435,7 +435,7 @@ func TestUntrustedTrees(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		mark := filepath.Join(filepath.Dir(tree), "tree.json")
+		mark := tree + ".json"
 		// No mark, but whole.
 		if err := os.Remove(mark); err != nil {
 			t.Fatal(err)
