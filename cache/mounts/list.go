@@ -2,6 +2,7 @@ package mounts
 
 import (
 	"archive/tar"
+	"bytes"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -37,10 +38,49 @@ type List struct {
 
 // listWire is a list as it is written.
 type listWire struct {
-	Format int    `json:"format"`
-	Packs  []pack `json:"packs"`
-	Files  []file `json:"files"`
+	Format int   `json:"format"`
+	Packs  packs `json:"packs"`
+	Files  files `json:"files"`
 }
+
+type (
+	packs []pack
+	files []file
+)
+
+// UnmarshalJSON implements json.Unmarshaler.
+func (p *packs) UnmarshalJSON(data []byte) (err error) {
+	*p, err = few[pack](data, maxPacks)
+	return err
+}
+
+// UnmarshalJSON implements json.Unmarshaler.
+func (f *files) UnmarshalJSON(data []byte) (err error) {
+	*f, err = few[file](data, maxFiles)
+	return err
+}
+
+// few reads a JSON array of no more elements than most. One of three bytes may take a hundred in memory, and a gigabyte of
+// them compresses to nothing: that there are too many must be seen before they are all there.
+func few[T any](data []byte, most int) (list []T, err error) {
+	d := json.NewDecoder(bytes.NewReader(data))
+	if t, err := d.Token(); t != json.Delim('[') {
+		return nil, err // null, or nothing that we would write
+	}
+	for d.More() {
+		if len(list) == most {
+			return nil, errTooLong
+		}
+		var e T
+		if err := d.Decode(&e); err != nil {
+			return nil, err
+		}
+		list = append(list, e)
+	}
+	return list, nil
+}
+
+var errTooLong = errors.New("it is too long")
 
 // pack is a blob that holds contents.
 type pack struct {
@@ -171,9 +211,6 @@ func (l *List) same(o *List) bool {
 // check refuses a list that is not one that we would write. What passes can be made in an empty directory without ever
 // leaving it: each path is below a directory that the list has before it, no path comes twice.
 func (l *List) check() error {
-	if len(l.Files) > maxFiles || len(l.Packs) > maxPacks {
-		return errors.New("it is too long")
-	}
 	for _, p := range l.Packs {
 		if !valid(p.Blob) || !valid(p.DiffID) || p.Size <= 0 || p.Bytes < 0 {
 			return errors.New("malformed pack")

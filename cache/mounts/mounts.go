@@ -112,9 +112,14 @@ func readPart(body io.Reader, p Part, most int64, do func(h *tar.Header, content
 	}
 	defer z.Close()
 	all := &io.LimitedReader{R: z, N: most}
-	err = eachFile(tar.NewReader(all), do)
+	err = eachFile(tar.NewReader(all), func(h *tar.Header, content io.Reader) error {
+		if h.Size > all.N { // a tar can say that there are holes, which take no bytes of it
+			return errTooLarge
+		}
+		return do(h, content)
+	})
 	if all.N == 0 {
-		err = errors.New("unpacks to more than it should")
+		err = errTooLarge
 	}
 	if _, end := io.Copy(io.Discard, in); err == nil {
 		err = end
@@ -127,6 +132,8 @@ func readPart(body io.Reader, p Part, most int64, do func(h *tar.Header, content
 	}
 	return nil
 }
+
+var errTooLarge = errors.New("unpacks to more than it should")
 
 func eachFile(r *tar.Reader, do func(h *tar.Header, content io.Reader) error) error {
 	for {

@@ -13,6 +13,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"testing"
 	"time"
@@ -315,6 +316,70 @@ func TestBomb(t *testing.T) {
 	if err == nil || !strings.Contains(err.Error(), "more than it should") {
 		t.Errorf("readPart of a bomb = %v", err)
 	}
+}
+
+// Of a list that says little many times, or that has holes, only so much gets into memory as one of ours may take.
+func TestBombedList(t *testing.T) {
+	many := strings.Repeat("{},", 2<<20) + "{}"
+	for what, read := range map[string]func() error{
+		"packs": func() error {
+			_, err := parseList([]byte(`{"format":1,"packs":[` + many + `]}`))
+			return err
+		},
+		"files": func() error {
+			_, err := few[file]([]byte("["+many+"]"), 1000)
+			return err
+		},
+		"holes": func() error {
+			_, err := ReadList(sparseList(t))
+			return err
+		},
+	} {
+		var before, after runtime.MemStats
+		runtime.ReadMemStats(&before)
+		err := read()
+		runtime.ReadMemStats(&after)
+		if !errors.Is(err, errTooLong) && !errors.Is(err, errTooLarge) {
+			t.Errorf("%s: %v", what, err)
+		}
+		if n := after.TotalAlloc - before.TotalAlloc; n > 64<<20 {
+			t.Errorf("%s: %d MiB were allocated", what, n>>20)
+		}
+	}
+}
+
+// sparseList is the blob of a list that is nothing but a hole, in the form that tar had for that first (GNU tar, "Old GNU
+// Format").
+func sparseList(t *testing.T) (io.Reader, Part) {
+	t.Helper()
+	const size = maxList + 1
+	h := make([]byte, 512)
+	copy(h, listName)
+	copy(h[100:], "0000644\x000000000\x000000000\x0000000000000\x0000000000000\x00        S")
+	copy(h[257:], "ustar  \x00")
+	copy(h[386:], fmt.Sprintf("%011o\x00%011o\x00", size, 0))
+	copy(h[483:], fmt.Sprintf("%011o\x00", size))
+	sum := 0
+	for _, b := range h {
+		sum += int(b)
+	}
+	copy(h[148:], fmt.Sprintf("%06o\x00 ", sum))
+	w, err := newPart(t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := io.MultiWriter(w.zstd, w.diff).Write(append(h, make([]byte, 1024)...)); err != nil {
+		t.Fatal(err)
+	}
+	part, at, err := w.finish()
+	if err != nil {
+		t.Fatal(err)
+	}
+	data, err := os.ReadFile(at)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return bytes.NewReader(data), part
 }
 
 func FuzzList(f *testing.F) {
