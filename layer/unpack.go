@@ -673,6 +673,9 @@ func (f *foreign) addFile(e *Entry, content io.Reader) error {
 	}
 	f.hash.Reset()
 	for left := e.Size; left > 0; {
+		if f.ctx.Err() != nil { // of a hole there may be exabytes, for which nothing below is asked
+			return context.Cause(f.ctx)
+		}
 		b := f.buf[:min(left, copyBuffer)]
 		if _, err := io.ReadFull(content, b); err != nil {
 			if err == io.EOF {

@@ -4,6 +4,7 @@ import (
 	"archive/tar"
 	"bytes"
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
@@ -401,6 +402,40 @@ func TestFetchIsCalledOff(t *testing.T) {
 	go func() { <-started; cancel() }()
 	if _, err := s.Tree(ctx, l); !errors.Is(err, context.Canceled) {
 		t.Errorf("%v, want canceled", err)
+	}
+}
+
+// TestHoleIsCalledOff unpacks a file that is nothing but a hole of a petabyte (GNU tar, "Old GNU Format").
+func TestHoleIsCalledOff(t *testing.T) {
+	s := newStore(t)
+	h := foreignTar(t, "f a")[:512]
+	size := binary.BigEndian.AppendUint64([]byte{0x80, 0, 0, 0}, 1<<50)
+	copy(h[257:], "ustar  \x00")
+	h[156] = tar.TypeGNUSparse
+	copy(h[386:], size) // where the only part begins, which has no bytes
+	copy(h[386+12:], "00000000000\x00")
+	copy(h[483:], size)
+	copy(h[148:], "        ")
+	sum := 0
+	for _, b := range h {
+		sum += int(b)
+	}
+	copy(h[148:], fmt.Sprintf("%06o\x00 ", sum))
+	l, _, _ := promised(t, s, append(h, make([]byte, 1024)...))
+	ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
+	defer cancel()
+	ended := make(chan error, 1)
+	go func() {
+		_, err := s.View(ctx, []Layer{l})
+		ended <- err
+	}()
+	select {
+	case err := <-ended:
+		if !errors.Is(err, context.DeadlineExceeded) {
+			t.Errorf("%v, want that time is over", err)
+		}
+	case <-time.After(20 * time.Second):
+		t.Fatal("it goes on")
 	}
 }
 
