@@ -12,6 +12,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/klauspost/compress/gzip"
 	"github.com/klauspost/compress/zstd"
@@ -399,6 +400,24 @@ func TestGzipAgain(t *testing.T) {
 }
 
 // Who knows how long a blob is and stops there learns as well that it is damaged, before having all of it.
+// TestDamagedBlobOfTheEpoch wants a blob to be read that has the time that tools which pin times give to files.
+func TestDamagedBlobOfTheEpoch(t *testing.T) {
+	s := newStore(t)
+	d, err := s.PutBlob(t.Context(), "text/plain", []byte("some bytes"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(s.blobPath(d.Digest), []byte("same bytes"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Chtimes(s.blobPath(d.Digest), time.Unix(0, 0), time.Unix(0, 0)); err != nil {
+		t.Fatal(err)
+	}
+	if s.hasBlob(d) {
+		t.Error("a damaged blob is right")
+	}
+}
+
 func TestDamagedBlobBySize(t *testing.T) {
 	s := newStore(t)
 	d, err := s.PutBlob(t.Context(), "text/plain", []byte("some bytes"))

@@ -63,9 +63,9 @@ func (s *Store) used(name string, info os.FileInfo) {
 // sound says whether the stored blob d holds what it should; one that does not is mended or removed.
 func (s *Store) sound(d digest.Digest, info os.FileInfo) bool {
 	s.mu.Lock()
-	known := s.verified[d]
+	known, read := s.verified[d]
 	s.mu.Unlock()
-	if s.stamped(info) || known == info.ModTime().UnixNano() {
+	if s.stamped(info) || read && known == info.ModTime().UnixNano() {
 		return true
 	}
 	r, _, err := s.openStored(context.Background(), d)
