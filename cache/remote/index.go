@@ -104,7 +104,11 @@ func parseIndex(data []byte) (*index, error) {
 		}
 		x.add(cache.Key(r.Digest), e)
 	}
+	parts := 0
 	for _, m := range w.Filo.Mounts {
+		if parts += len(m.Layers); parts > maxRecords { // two bytes each there, a hundred in memory
+			return nil, errors.New("read cache config: its cache mounts have too many parts")
+		}
 		if e, ok := mountOf(w.Layers, m); ok {
 			x.mounts[m.Key] = e
 		}

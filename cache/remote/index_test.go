@@ -3,6 +3,7 @@ package remote
 import (
 	"bytes"
 	"fmt"
+	"runtime"
 	"strings"
 	"testing"
 
@@ -11,6 +12,7 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"filo/cache"
+	"filo/cache/mounts"
 )
 
 func entryFor(content string, created, used int64) entry {
@@ -154,4 +156,28 @@ func FuzzParseInline(f *testing.F) {
 			}
 		}
 	})
+}
+
+// TestParseIndexParts wants no memory to be taken for cache mounts of more parts than there may be.
+func TestParseIndexParts(t *testing.T) {
+	x := newIndex()
+	part := mounts.Part{DiffID: digest.FromString("d"), Blob: ocispec.Descriptor{MediaType: ocispec.MediaTypeImageLayerZstd, Digest: digest.FromString("b"), Size: 1}}
+	x.mounts[cache.Key(digest.FromString("k"))] = mountEntry{parts: []mounts.Part{part}}
+	data, err := x.marshal()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if x, err := parseIndex(data); err != nil || len(x.mounts) != 1 {
+		t.Fatal(x, err)
+	}
+	data = bytes.Replace(data, []byte(`"layers":[0]`), []byte(`"layers":[0`+strings.Repeat(",0", 4<<20)+`]`), 1)
+	var before, after runtime.MemStats
+	runtime.ReadMemStats(&before)
+	if _, err := parseIndex(data); err == nil {
+		t.Error("no error")
+	}
+	runtime.ReadMemStats(&after)
+	if n := after.TotalAlloc - before.TotalAlloc; n > 512<<20 {
+		t.Errorf("%d MiB were allocated for %d", n>>20, len(data)>>20)
+	}
 }
