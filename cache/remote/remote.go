@@ -145,7 +145,7 @@ func (c *Cache) place(s Spec, written bool) (place, error) {
 	case kindLocal:
 		return newLocalPlace(s)
 	case kindS3:
-		return newBucket(c.o, s)
+		return newBucket(c.o, s, registry.Stillness)
 	}
 	return nil, fmt.Errorf("unknown cache type %q", s.Type)
 }

@@ -24,6 +24,7 @@ import (
 
 	ggcr "github.com/google/go-containerregistry/pkg/registry"
 	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"golang.org/x/sync/errgroup"
 
 	"filo/cache"
@@ -662,5 +663,62 @@ func TestCompression(t *testing.T) {
 		if !ok || !strings.HasSuffix(e.blob.MediaType, test.want) {
 			t.Errorf("%s: blob is %s, want %s", test.attrs, e.blob.MediaType, test.want)
 		}
+	}
+}
+
+// TestStillBucket has the transfer of a blob to a bucket stand still, which is an error, and one from it, which goes on over
+// another connection.
+func TestStillBucket(t *testing.T) {
+	data := bytes.Repeat([]byte("0123456789abcdef"), 1<<20) // more than the buffers of a connection take
+	var mu sync.Mutex
+	still := map[string]bool{http.MethodPut: true, http.MethodGet: true} // the first of each
+	srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		mu.Lock()
+		stop, first := still[r.Method], len(still) == 2
+		delete(still, r.Method)
+		mu.Unlock()
+		w.Header().Set("ETag", `"x"`)
+		w.Header().Set("Last-Modified", time.Unix(1e9, 0).UTC().Format(http.TimeFormat))
+		switch {
+		case r.Method == http.MethodPut:
+			io.CopyN(io.Discard, r.Body, 100)
+			<-r.Context().Done()
+		case r.Method == http.MethodHead && first:
+			w.WriteHeader(http.StatusNotFound)
+		case stop:
+			w.Header().Set("Content-Length", fmt.Sprint(len(data)))
+			w.Write(data[:1000])
+			w.(http.Flusher).Flush()
+			<-r.Context().Done()
+		default:
+			http.ServeContent(w, r, "", time.Unix(1e9, 0), bytes.NewReader(data))
+		}
+	}))
+	t.Cleanup(srv.CloseClientConnections)
+	specs, err := ParseFrom("type=s3,bucket=bucket,region=r,access_key_id=i,secret_access_key=s,endpoint_url=" + srv.URL)
+	if err != nil {
+		t.Fatal(err)
+	}
+	b, err := newBucket(Options{Now: time.Now, Getenv: func(string) string { return "" }}, specs[0], 200*time.Millisecond)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	defer cancel()
+	d := ocispec.Descriptor{MediaType: ocispec.MediaTypeImageLayer, Digest: digest.FromBytes(data), Size: int64(len(data))}
+	open := func(context.Context) (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(data)), nil }
+	if err := b.put(ctx, d, open); err == nil || ctx.Err() != nil {
+		t.Error("put:", err)
+	}
+	r, err := b.open(ctx, d)
+	if err != nil {
+		t.Fatal("open:", err)
+	}
+	defer r.Close()
+	if got, err := io.ReadAll(r); err != nil || !bytes.Equal(got, data) {
+		t.Errorf("%d of %d bytes came back: %v", len(got), len(data), err)
+	}
+	if len(still) > 0 {
+		t.Errorf("%v did not stand still", still)
 	}
 }

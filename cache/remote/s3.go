@@ -19,6 +19,8 @@ import (
 	"github.com/minio/minio-go/v7/pkg/credentials"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"filo/layer/registry"
 )
 
 // bucket keeps a cache in an object store that speaks S3: PREFIX/manifests/NAME is the index, PREFIX/blobs/DIGEST are
@@ -41,7 +43,8 @@ type bucket struct {
 // partSize is how much of a blob is sent, and on an error sent again, in one piece.
 const partSize = 16 << 20
 
-func newBucket(o Options, s Spec) (*bucket, error) {
+// newBucket returns the place of s. No transfer stands still for longer than still.
+func newBucket(o Options, s Spec, still time.Duration) (*bucket, error) {
 	region := cmp.Or(s.attrs["region"], o.Getenv("AWS_REGION"), o.Getenv("AWS_DEFAULT_REGION"), "us-east-1")
 	endpoint := cmp.Or(s.attrs["endpoint_url"], o.Getenv("AWS_ENDPOINT_URL_S3"), o.Getenv("AWS_ENDPOINT_URL"), "https://s3."+region+".amazonaws.com")
 	u, err := url.Parse(endpoint)
@@ -54,8 +57,14 @@ func newBucket(o Options, s Spec) (*bucket, error) {
 			lookup = minio.BucketLookupPath
 		}
 	}
+	secure := u.Scheme == "https"
+	transport, err := minio.DefaultTransport(secure)
+	if err != nil {
+		return nil, fmt.Errorf("type=s3: %w", err)
+	}
 	client, err := minio.New(u.Host, &minio.Options{
-		Creds: credentialsOf(o, s), Secure: u.Scheme == "https", Region: region, BucketLookup: lookup, MaxRetries: 5,
+		Creds: credentialsOf(o, s), Secure: secure, Region: region, BucketLookup: lookup, MaxRetries: 5,
+		Transport: registry.Patient(transport, still),
 	})
 	if err != nil {
 		return nil, fmt.Errorf("type=s3: %w", err)

@@ -620,7 +620,7 @@ func TestStandstill(t *testing.T) {
 	credentialsFor(t, "nobody.example")
 	ref := strings.TrimPrefix(srv.URL, "http://") + "/a:1"
 	c := open(Options{})
-	c.still = 200 * time.Millisecond
+	c.retry.still = 200 * time.Millisecond
 	if err := c.PushBlob(t.Context(), ref, blobOf(data), nil, opener(data)); err != nil {
 		t.Fatal(err)
 	}
@@ -630,5 +630,39 @@ func TestStandstill(t *testing.T) {
 	}
 	if still[http.MethodPut] || still[http.MethodGet] {
 		t.Error("nothing stood still")
+	}
+}
+
+// Answers that stand still before their end are not waited for: neither the one that says how a host wants to be spoken to,
+// nor a token, nor one that is thrown away because there will be another try.
+func TestStandingAnswers(t *testing.T) {
+	for _, at := range []string{"/v2/", "/token", "/v2/a/manifests/1"} {
+		for _, status := range []int{http.StatusOK, http.StatusBadRequest, http.StatusServiceUnavailable} {
+			s := serve(t)
+			stop := func(w http.ResponseWriter, r *http.Request) bool {
+				if r.URL.Path != at || r.Method == http.MethodHead {
+					return false
+				}
+				w.Header().Set("Content-Length", "100")
+				w.WriteHeader(status)
+				fmt.Fprint(w, " ")
+				w.(http.Flusher).Flush()
+				<-r.Context().Done()
+				return true
+			}
+			if at == "/token" {
+				tokens(t, s, stop)
+			} else {
+				s.set(stop)
+			}
+			c := open(Options{})
+			c.retry.still = 50 * time.Millisecond
+			ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+			_, _, err := c.Manifest(ctx, s.host+"/a:1", "")
+			if err == nil || ctx.Err() != nil {
+				t.Errorf("%s answers %d: %v", at, status, err)
+			}
+			cancel()
+		}
 	}
 }

@@ -27,8 +27,7 @@ type Client struct {
 	o     Options
 	plain map[string]bool // hosts that may be spoken to in the clear
 	retry *retrying
-	chunk int64         // size of the chunks in which uploads that broke go on
-	still time.Duration // how long a transfer may stand still
+	chunk int64 // size of the chunks in which uploads that broke go on
 
 	mu       sync.Mutex
 	doors    map[string]*door
@@ -72,7 +71,6 @@ func Open(o Options) *Client {
 		pulls:    map[string]chan struct{}{},
 		pushes:   map[string]chan struct{}{},
 		chunk:    firstChunk,
-		still:    stillness,
 	}
 	for _, h := range o.Insecure {
 		c.plain[h] = true

@@ -35,6 +35,7 @@ type retrying struct {
 	certs       []string         // directories with certificates by host
 	hosts       map[string]trust // what is configured beside them
 	base        time.Duration    // the first wait
+	still       time.Duration    // how long an answer, or a transfer, may stand still
 
 	mu  sync.Mutex
 	own map[string]*http.Transport // by host
@@ -47,7 +48,7 @@ func newRetrying(plain map[string]bool, certs []string, base time.Duration) *ret
 	strict.ResponseHeaderTimeout = 2 * time.Minute
 	lax := strict.Clone()
 	lax.TLSClientConfig = &tls.Config{InsecureSkipVerify: true, MinVersion: tls.VersionTLS12}
-	return &retrying{strict: strict, lax: lax, plain: plain, certs: certs, base: base, own: map[string]*http.Transport{}}
+	return &retrying{strict: strict, lax: lax, plain: plain, certs: certs, base: base, still: Stillness, own: map[string]*http.Transport{}}
 }
 
 // RoundTrip implements http.RoundTripper. Requests whose body cannot be had again are sent once.
@@ -60,7 +61,7 @@ func (t *retrying) RoundTrip(req *http.Request) (*http.Response, error) {
 		return nil, err
 	}
 	for try := 1; ; try++ {
-		resp, err := via.RoundTrip(req)
+		resp, err := Patient(via, t.still).RoundTrip(req)
 		if try == tries || req.Context().Err() != nil || !passing(resp, err) && !(try < fainter && faint(err)) || !again(req) {
 			return resp, err
 		}

@@ -6,7 +6,6 @@ import (
 	"net/http"
 	"strings"
 	"sync"
-	"time"
 
 	"github.com/google/go-containerregistry/pkg/authn"
 	ggcr "github.com/google/go-containerregistry/pkg/name"
@@ -26,7 +25,6 @@ type session struct {
 	client *http.Client
 	base   string // SCHEME://HOST/v2/
 	hint   error  // why there are no credentials although some are configured
-	still  time.Duration
 }
 
 // door is how a host wants to be spoken to, found out once.
@@ -83,7 +81,7 @@ func (c *Client) signIn(ctx context.Context, k sessionKey, s *session) error {
 	}
 	s.client = &http.Client{Transport: signed}
 	s.base = d.scheme + "://" + d.host + "/v2/"
-	s.hint, s.still = hint, c.still
+	s.hint = hint
 	return nil
 }
 
@@ -128,7 +126,7 @@ func (c *Client) door(ctx context.Context, host string) (*door, error) {
 func (c *Client) ping(ctx context.Context, reg ggcr.Registry) (*transport.Challenge, error) {
 	via, err := c.retry.via(reg.RegistryStr())
 	if err == nil && loopback(reg.RegistryStr()) && (via == c.retry.strict || via == c.retry.lax) {
-		if wants, err := transport.Ping(ctx, reg, transport.NewUserAgent(inClear{via}, c.o.UserAgent)); err == nil {
+		if wants, err := transport.Ping(ctx, reg, transport.NewUserAgent(inClear{Patient(via, c.retry.still)}, c.o.UserAgent)); err == nil {
 			return wants, nil
 		}
 	}
@@ -161,15 +159,12 @@ func (k sessionKey) scopes() []string {
 	return scopes
 }
 
-// do sends a request. Errors carry no reference yet. The body of the response does not stand still for ever.
+// do sends a request. Errors carry no reference yet.
 func (s *session) do(req *http.Request) (*http.Response, error) {
-	ctx, dog := watch(req.Context(), s.still)
-	resp, err := s.client.Do(req.WithContext(ctx))
+	resp, err := s.client.Do(req)
 	if err != nil {
-		dog.end()
 		return nil, withHint(err, s.hint)
 	}
-	resp.Body = &watched{resp.Body, ctx, dog}
 	if resp.StatusCode == http.StatusUnauthorized && s.hint != nil {
 		defer resp.Body.Close()
 		return nil, withHint(answered(resp), s.hint)

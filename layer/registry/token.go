@@ -178,9 +178,10 @@ func (s *signing) ask(req *http.Request) (string, error) {
 		AccessToken string `json:"access_token"`
 	}
 	data, err := io.ReadAll(io.LimitReader(resp.Body, maxAnswer))
-	if err == nil {
-		err = json.Unmarshal(data, &answer)
+	if err != nil {
+		return "", err
 	}
+	err = json.Unmarshal(data, &answer)
 	if answer.Token == "" {
 		answer.Token = answer.AccessToken
 	}

@@ -238,11 +238,9 @@ func (u *upload) put(ctx context.Context, body io.Reader, size int64) error {
 }
 
 func (u *upload) send(ctx context.Context, method string, at *url.URL, body io.Reader, size int64, part string) (*http.Response, error) {
-	ctx, dog := watch(ctx, u.s.still)
-	src := &source{Reader: body, dog: dog}
+	src := &source{Reader: body}
 	req, err := http.NewRequestWithContext(ctx, method, at.String(), io.NopCloser(src))
 	if err != nil {
-		dog.end()
 		return nil, err
 	}
 	if req.ContentLength = size; size == 0 {
@@ -253,12 +251,6 @@ func (u *upload) send(ctx context.Context, method string, at *url.URL, body io.R
 		req.Header.Set("Content-Range", part)
 	}
 	resp, err := u.s.do(req)
-	if err != nil {
-		err = stalled(ctx, err)
-		dog.end()
-	} else {
-		resp.Body = &watched{resp.Body, ctx, dog}
-	}
 	if src.err == nil {
 		return resp, err
 	}
@@ -273,22 +265,16 @@ type errOpen struct{ error }
 
 func (e errOpen) Unwrap() error { return e.error }
 
-// source remembers that reading the blob failed, which the HTTP client reports like a broken connection. Between two
-// reads, and from the last one to the answer, the other side is waited for.
+// source remembers that reading the blob failed, which the HTTP client reports like a broken connection.
 type source struct {
 	io.Reader
-	dog *watchdog
 	err error
 }
 
 func (s *source) Read(p []byte) (int, error) {
-	s.dog.rest()
 	n, err := s.Reader.Read(p)
 	if err != nil && err != io.EOF {
 		s.err = err
-	}
-	if err == nil {
-		s.dog.wait()
 	}
 	return n, err
 }
