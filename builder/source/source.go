@@ -189,7 +189,7 @@ func openStream(ctx context.Context, r *bufio.Reader, o Options) (*Source, error
 	if err != nil {
 		return nil, err
 	}
-	if _, err := io.Copy(io.Discard, r); err != nil { // what stands behind the end of the archive
+	if err := drain(r); err != nil { // what stands behind the end of a compressed archive
 		return nil, errors.Join(err, t.Close())
 	}
 	return &Source{FS: t, Modified: t.newest(), Close: t.Close}, nil

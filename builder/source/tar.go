@@ -116,15 +116,12 @@ func readTar(ctx context.Context, r *bufio.Reader, temp string) (_ *tree, err er
 			err = errors.Join(err, spool.Close())
 		}
 	}()
-	u := untar{tree: newTree(spool), buf: make([]byte, 128<<10)}
+	u := untar{ctx: ctx, tree: newTree(spool), most: maxFiles, buf: make([]byte, 128<<10)}
 	tr := tar.NewReader(plain)
 	for {
 		h, err := tr.Next()
 		if err == io.EOF {
 			return u.tree, errors.Join(drain(plain), spool.Truncate(u.end)) // a hole at the end has to be there to be read
-		}
-		if err == nil {
-			err = ctx.Err()
 		}
 		if err != nil {
 			return nil, fmt.Errorf("read tar: %w", err)
@@ -135,27 +132,45 @@ func readTar(ctx context.Context, r *bufio.Reader, temp string) (_ *tree, err er
 	}
 }
 
+// maxTail bounds what stands behind the end of an archive. It is padding, a few KiB; /dev/zero is an empty archive and has
+// no end.
+const maxTail = 256 << 20
+
 // drain reads what stands behind the end of an archive: only then the checksum of a compressed stream is verified.
 func drain(r io.Reader) error {
-	_, err := io.Copy(io.Discard, r)
+	n, err := io.Copy(io.Discard, io.LimitReader(r, maxTail+1))
+	if n > maxTail {
+		return fmt.Errorf("more than %d MiB behind the end of the archive", maxTail>>20)
+	}
 	if errors.Is(err, gzip.ErrHeader) { // garbage after a stream that was whole: gzip(1) takes that too
 		return nil
 	}
 	return err
 }
 
+// maxFiles bounds the files and directories of an archive: they are held in memory, some 200 bytes each.
+const maxFiles = 4_000_000
+
 // untar adds the entries of a tar to a tree.
 type untar struct {
+	ctx  context.Context
 	tree *tree
-	end  int64 // of what the spool holds
+	most uint64 // files and directories that tree may have
+	end  int64  // of what the spool holds
 	buf  []byte
 }
 
 // add adds one entry. Names are taken from the root, ".." stops there; links of the archive itself are followed on
 // the way, as they are when an archive is unpacked on disk.
 func (u *untar) add(h *tar.Header, r io.Reader) error {
+	if err := u.ctx.Err(); err != nil {
+		return err
+	}
 	if h.Typeflag == tar.TypeXGlobalHeader {
 		return nil
+	}
+	if u.tree.last > u.most {
+		return fmt.Errorf("more than %d files", u.most)
 	}
 	kind, ok := kinds[h.Typeflag]
 	if !ok {
@@ -256,6 +271,9 @@ func (u *untar) spool(r io.Reader) (int64, error) {
 		u.end += int64(n)
 		if err == io.EOF || err == io.ErrUnexpectedEOF {
 			return u.end - start, nil
+		}
+		if err == nil {
+			err = u.ctx.Err() // a hole is read without reading anything
 		}
 		if err != nil {
 			return 0, err

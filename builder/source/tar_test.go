@@ -272,6 +272,55 @@ func TestTarCanceled(t *testing.T) {
 	}
 }
 
+// zeroes is /dev/zero.
+type zeroes struct{ read int64 }
+
+func (z *zeroes) Read(p []byte) (int, error) {
+	clear(p)
+	z.read += int64(len(p))
+	return len(p), nil
+}
+
+func TestTarWithoutEnd(t *testing.T) {
+	packed := bytes.NewBuffer(nil)
+	w := gzip.NewWriter(packed)
+	w.Write(makeTar(t, file("a", "1")))
+	w.Close()
+	for name, head := range map[string]io.Reader{
+		"empty archive": bytes.NewReader(nil), "archive": bytes.NewReader(makeTar(t, file("a", "1"))), "compressed archive": packed,
+	} {
+		z := &zeroes{}
+		_, err := Open(context.Background(), "-", Options{Stdin: io.MultiReader(head, z), Temp: t.TempDir()})
+		wantError(t, err, "read context from standard input: more than 256 MiB behind the end of the archive")
+		if z.read > maxTail+1<<20 {
+			t.Errorf("%s: %d bytes behind the end were read", name, z.read)
+		}
+	}
+}
+
+func TestTarTooMany(t *testing.T) {
+	spool, err := newSpool(t.TempDir())
+	must(t, err)
+	defer spool.Close()
+	u := untar{ctx: context.Background(), tree: newTree(spool), most: 3, buf: make([]byte, 512)}
+	for _, name := range []string{"a", "b", "c"} {
+		must(t, u.add(&tar.Header{Name: name, Typeflag: tar.TypeReg}, strings.NewReader("")))
+	}
+	wantError(t, u.add(&tar.Header{Name: "d", Typeflag: tar.TypeReg}, strings.NewReader("")), "more than 3 files")
+}
+
+func TestTarHoleCanceled(t *testing.T) {
+	spool, err := newSpool(t.TempDir())
+	must(t, err)
+	defer spool.Close()
+	ctx, cancel := context.WithCancel(context.Background())
+	defer time.AfterFunc(10*time.Millisecond, cancel).Stop()
+	u := untar{ctx: ctx, tree: newTree(spool), most: 1, buf: make([]byte, 512)}
+	if err := u.add(&tar.Header{Name: "hole", Typeflag: tar.TypeReg}, &zeroes{}); !errors.Is(err, context.Canceled) {
+		t.Errorf("a file without end: %v, want canceled", err)
+	}
+}
+
 func TestTarDamaged(t *testing.T) {
 	var b bytes.Buffer
 	w := gzip.NewWriter(&b)
