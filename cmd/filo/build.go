@@ -112,10 +112,10 @@ func (a *app) runBuild(cmd *cobra.Command, f *buildFlags, ref string) error {
 	defer d.Close()
 	j := &job{app: a, state: s, flags: f, req: req, outputs: outputs, wanted: wanted, display: d, caches: caches, begin: a.now(), id: strings.ToLower(rand.Text())}
 	a.pulls.show(d.Emit, j.nextTask, a.now)
+	defer j.close()
 	if err := j.read(cmd.Context(), ref); err != nil {
 		return err
 	}
-	defer j.close()
 	if call.method != "build" {
 		return j.call(cmd.Context(), call)
 	}

@@ -81,6 +81,7 @@ var exceptions = map[string][]string{
 // goFiles are the files that start goroutines; each one has an owner there that waits for it.
 var goFiles = map[string]bool{
 	"cmd/filo/main.go":          true, // waits for a signal, until run returns
+	"cmd/filo/stdin.go":         true, // reads standard input, until it ends, nobody wants more, or the process ends
 	"cmd/filo/terminal.go":      true, // redraws, until the display is closed
 	"cmd/filo/ssh.go":           true, // answers an ssh client, until it hangs up
 	"builder/sandbox/enter.go":  true, // passes signals on, until the process ends

@@ -23,16 +23,21 @@ const dockerfileLimit = 16 << 20
 // read opens the build context ref and everything else that the request is made of.
 func (j *job) read(ctx context.Context, ref string) error {
 	o := source.Options{
-		Stdin: j.stdin, Temp: j.store.TempDir(), UserAgent: "filo/" + version(), Epoch: j.req.Epoch, Secret: j.secret,
+		Temp: j.store.TempDir(), UserAgent: "filo/" + version(), Epoch: j.req.Epoch, Secret: j.secret,
 		KeepGitDir: truthy(j.req.Args["BUILDKIT_CONTEXT_KEEP_GIT_DIR"]), SSHAuthSock: j.getenv("SSH_AUTH_SOCK"),
 		Keep: filepath.Join(j.store.Dir(), "sources", "http"), Repaired: j.repairs.add,
+	}
+	file := j.flags.what.file
+	if ref == "-" || file == "-" {
+		stdin := until(ctx, j.stdin)
+		j.closers = append(j.closers, stdin.Close)
+		o.Stdin = stdin
 	}
 	src, err := source.Open(ctx, ref, o)
 	if err != nil {
 		return err
 	}
 	j.closers = append(j.closers, src.Close)
-	file := j.flags.what.file
 	d, err := j.readDockerfile(ctx, src, ref, o)
 	if err != nil {
 		return err
@@ -90,13 +95,13 @@ func (j *job) readDockerfile(ctx context.Context, src *source.Source, ref string
 			d = dockerfileText{text: src.Dockerfile, name: "Dockerfile"}
 		case file == "-":
 			d.name = "Dockerfile"
-			d.text, err = readAll(j.stdin)
+			d.text, err = readAll(o.Stdin)
 		case source.IsURL(file):
 			d, err = fetchDockerfile(ctx, file, o)
 		case src.Local:
-			d, err = localDockerfile(file, ref)
+			d, err = localDockerfile(ctx, file, ref)
 		default:
-			d, err = remoteDockerfile(file, src, ref == "-")
+			d, err = remoteDockerfile(ctx, file, src, ref == "-")
 		}
 		if err == nil {
 			say("transferring dockerfile: " + units.HumanSize(float64(len(d.text))) + " done")
@@ -141,20 +146,20 @@ func readFrom(fsys fs.FS, name string) (dockerfileText, error) {
 var defaultNames = [...]string{"Dockerfile", "dockerfile", "Containerfile"}
 
 // localDockerfile reads --file, relative to the working directory, or the Dockerfile of a local context.
-func localDockerfile(file, context string) (dockerfileText, error) {
+func localDockerfile(ctx context.Context, file, dir string) (dockerfileText, error) {
 	if file != "" {
-		return openDockerfile(file)
+		return openDockerfile(ctx, file)
 	}
 	for _, name := range defaultNames {
-		d, err := openDockerfile(filepath.Join(context, name))
+		d, err := openDockerfile(ctx, filepath.Join(dir, name))
 		if !errors.Is(err, fs.ErrNotExist) {
 			return d, err
 		}
 	}
-	return dockerfileText{}, notFound(filepath.Join(context, defaultNames[0]))
+	return dockerfileText{}, notFound(filepath.Join(dir, defaultNames[0]))
 }
 
-func openDockerfile(name string) (dockerfileText, error) {
+func openDockerfile(ctx context.Context, name string) (dockerfileText, error) {
 	f, err := os.Open(name)
 	if errors.Is(err, fs.ErrNotExist) {
 		return dockerfileText{}, notFound(name)
@@ -163,8 +168,9 @@ func openDockerfile(name string) (dockerfileText, error) {
 		return dockerfileText{}, err
 	}
 	defer f.Close()
+	defer context.AfterFunc(ctx, func() { f.Close() })() // it may be a pipe that nobody writes to
 	text, err := readAll(f)
-	return dockerfileText{text: text, name: filepath.Base(name), path: name}, err
+	return dockerfileText{text: text, name: filepath.Base(name), path: name}, canceled(ctx, err)
 }
 
 // notFound is the error of a Dockerfile that is not there, with a name that differs only in case if there is one.
@@ -187,9 +193,9 @@ func (s silently) Unwrap() error { return s.error }
 
 // remoteDockerfile reads --file or the Dockerfile of a context that is no local directory. A local file of that name
 // comes first, but for a tar on standard input.
-func remoteDockerfile(file string, src *source.Source, stdin bool) (dockerfileText, error) {
+func remoteDockerfile(ctx context.Context, file string, src *source.Source, stdin bool) (dockerfileText, error) {
 	if file != "" && !stdin {
-		if d, err := openDockerfile(file); err == nil {
+		if d, err := openDockerfile(ctx, file); err == nil {
 			return d, nil
 		}
 	}
