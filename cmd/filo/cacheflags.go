@@ -107,19 +107,14 @@ func (j *job) beginTask(name string) func(error) {
 	}
 }
 
-// vertices is more than one build can have.
-const vertices = 1 << 20
-
 // maxLost bounds how often a build begins again because a layer of the store was damaged.
 const maxLost = 20
 
 // produce builds and exports. What a shared cache promised and does not have is done again without it.
 func (j *job) produce(ctx context.Context, b *builder.Builder, shared *remote.Cache) (builder.Result, []export.Exported, error) {
-	emit := b.Emit
 	for try := 0; ; try++ {
-		b.Emit = func(e builder.Event) {
-			e.Vertex += try * vertices // they are others than those of the try before
-			emit(e)
+		if try > 0 {
+			j.display.Again()
 		}
 		result, err := b.Build(ctx, j.req)
 		again := true

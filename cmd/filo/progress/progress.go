@@ -13,6 +13,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"slices"
 	"sync"
 	"time"
@@ -67,6 +68,7 @@ type Display struct {
 	vertices map[int]*vertex
 	early    map[int][]span // phases of vertices that are not known yet
 	order    []*vertex
+	first    int // in order, of those that count
 	style    style
 	failed   *vertex // the first that failed
 	notes    []string
@@ -237,6 +239,16 @@ func (d *Display) Close() {
 	d.closed = true
 }
 
+// Again says that the builder begins again: what it emits from now on is of other steps. Those so far stay drawn; how they
+// ended, and what was said of the build, counts for nothing any more.
+func (d *Display) Again() {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	maps.DeleteFunc(d.vertices, func(id int, _ *vertex) bool { return id > 0 }) // others than the builder go on
+	clear(d.early)
+	d.first, d.failed, d.notes = len(d.order), nil, nil
+}
+
 // Failure returns the name and the last log lines of the step that failed first, if one did and printed something.
 // A quiet display has none.
 func (d *Display) Failure() (name string, tail []string, ok bool) {
@@ -248,11 +260,12 @@ func (d *Display) Failure() (name string, tail []string, ok bool) {
 	return d.failed.name, d.failed.tail, true
 }
 
-// Counts returns how many steps ended and how many of these came from the cache, among those whose name counts.
+// Counts returns how many steps ended since the builder last began and how many of these came from the cache, among those
+// whose name counts.
 func (d *Display) Counts(counts func(name string) bool) (ended, cached int) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	for _, v := range d.order {
+	for _, v := range d.order[d.first:] {
 		if v.running() || !counts(v.name) {
 			continue
 		}

@@ -231,6 +231,39 @@ func TestFailure(t *testing.T) {
 	}
 }
 
+func TestAgain(t *testing.T) {
+	d, out, _ := display(t, Options{Mode: Plain})
+	d.Emit(started(-1, "task"))
+	d.Emit(started(1, "a"))
+	d.Emit(ended(1, builder.Cached))
+	d.Emit(started(2, "b"))
+	d.Emit(log(2, 1, "look\n"))
+	d.Emit(builder.Event{Vertex: 2, State: builder.Failed, Err: errors.New("lost")})
+	d.Emit(builder.Event{Data: []byte("note")})
+	d.Again()
+	if name, _, ok := d.Failure(); ok {
+		t.Errorf("Failure() = %q of the try before", name)
+	}
+	d.Emit(started(1, "a"))
+	d.Emit(ended(1, builder.Cached))
+	d.Emit(started(2, "b"))
+	d.Emit(ended(2, builder.Done))
+	d.Emit(builder.Event{Data: []byte("note")})
+	d.Emit(ended(-1, builder.Done))
+	all := func(name string) bool { return name != "task" }
+	if n, cached := d.Counts(all); n != 2 || cached != 1 {
+		t.Errorf("Counts() = %d, %d, want the last try: 2, 1", n, cached)
+	}
+	if notes := d.Notes(); len(notes) != 1 {
+		t.Errorf("Notes() = %q, want one", notes)
+	}
+	for _, want := range []string{"#2 CACHED", "#3 ERROR: lost", "#4 CACHED", "#5 DONE 0.0s", "#1 DONE 0.0s"} {
+		if !strings.Contains(out.String(), want+"\n") {
+			t.Errorf("drew %q, want %q", out, want)
+		}
+	}
+}
+
 func TestQuiet(t *testing.T) {
 	d, out, _ := display(t, Options{Mode: Quiet})
 	d.Emit(started(1, "a"))
