@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 )
 
 // ErrUnsound says that an unpacked layer turned out to be damaged when it was in use already. What was made with it
@@ -98,6 +99,9 @@ func (s *Store) inspect(l Layer) *comparison {
 	}
 	made, err := s.readOrigin(l)
 	if err != nil || made != s.treeOrigin() || made.Boot == "" {
+		return nil
+	}
+	if _, err := os.Lstat(s.treePath(l)); err != nil { // before anybody mounts it
 		return nil
 	}
 	x := s.cachedIndex(l)

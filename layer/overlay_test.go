@@ -254,6 +254,27 @@ func TestOverlayOfNothing(t *testing.T) {
 	}
 }
 
+// A tree that somebody removed is made again before it is mounted, without a word.
+func TestOverlayTreeGone(t *testing.T) {
+	s := newStore(t)
+	data := foreignTar(t, "f a text")
+	l, _, _ := promised(t, s, data)
+	tree, err := s.Tree(t.Context(), l)
+	if err := errors.Join(err, s.Close(), os.RemoveAll(tree)); err != nil {
+		t.Fatal(err)
+	}
+	s, told := repairing(t, s.Dir())
+	promised(t, s, data)
+	o := overlayOf(t, s, nil, l)
+	text, err := os.ReadFile(filepath.Join(tree, "a"))
+	if err := errors.Join(err, o.Trees.Wait(t.Context())); err != nil || string(text) != "text" || o.Lower[0] != tree {
+		t.Errorf("%q in the tree, %v, mounted are %v", text, err, o.Lower)
+	}
+	if len(*told) > 0 {
+		t.Errorf("told %q", *told)
+	}
+}
+
 func TestOverlayStub(t *testing.T) {
 	s := newStore(t)
 	l := putLayer(t, s, dir(".", 0o711), dir("etc", 0o750), dir("proc", 0o755), dir("real", 0o700), dir("real/in", 0o711),
