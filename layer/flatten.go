@@ -139,7 +139,14 @@ func (s *Store) flattened(ctx context.Context, base []Layer) ([]Layer, error) {
 			continue
 		}
 		var err error
-		if by[i], err = s.flatten(ctx, base, indexes, r); err != nil {
+		by[i], err = s.flatten(ctx, base, indexes, r)
+		if err != nil && s.loseDamaged(ctx, base[r.from:r.to], indexes[r.from:r.to]) {
+			if _, _, err := s.trees(ctx, base); err != nil {
+				return nil, err
+			}
+			by[i], err = s.flatten(ctx, base, indexes, r)
+		}
+		if err != nil {
 			return base, context.Cause(ctx)
 		}
 	}
@@ -147,6 +154,20 @@ func (s *Store) flattened(ctx context.Context, base []Layer) ([]Layer, error) {
 		return base, context.Cause(ctx)
 	}
 	return by, nil
+}
+
+// loseDamaged reads all files of trees and removes those in which one is not what the index says. It says whether there was
+// such a tree: to flatten layers is to read files, and finds what no time tells.
+func (s *Store) loseDamaged(ctx context.Context, layers []Layer, indexes []*index) bool {
+	lost := false
+	for i, l := range layers {
+		check := treeCheck{dir: s.treePath(l), x: indexes[i], single: s.single, deep: true}
+		if check.run(ctx) != nil && ctx.Err() == nil {
+			s.repaired("tree of layer %s", l.DiffID)
+			lost = s.loseTree(l) == nil || lost
+		}
+	}
+	return lost
 }
 
 // flatRun is layers that become one, or one that stays: those from one on and before another.

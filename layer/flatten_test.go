@@ -416,18 +416,49 @@ func TestFlatDamaged(t *testing.T) {
 	}
 }
 
-// A base of which a file is damaged so that no time tells is not flattened, and no worse off than before.
+// A base of which files are damaged so that no time tells is unpacked again, and flattened.
 func TestFlattenDamagedBase(t *testing.T) {
+	s := newStore(t)
+	base := manyLayers(t, s)
+	for _, name := range []string{s.treePath(base[20]) + "/d/f", s.treePath(base[3]) + "/d/f2"} {
+		if err := wrongs["flipped, and no time tells"](name); err != nil {
+			t.Fatal(err)
+		}
+	}
+	var told []string
+	s.tell = func(what string) { told = append(told, what) }
+	prepared(t, s, base)
+	want := []string{"tree of layer " + base[3].DiffID.String(), "tree of layer " + base[20].DiffID.String()}
+	if !slices.Equal(told, want) {
+		t.Errorf("told %q, want %q", told, want)
+	}
+	for _, l := range base { // no matter what is flattened next
+		check := treeCheck{dir: s.treePath(l), x: s.cachedIndex(l), single: s.single, deep: true}
+		if err := check.run(t.Context()); err != nil {
+			t.Errorf("layer %s: %v", l.DiffID, err)
+		}
+	}
+}
+
+// A damaged base that is nowhere else is lost.
+func TestFlattenLostBase(t *testing.T) {
 	s := newStore(t)
 	base := manyLayers(t, s)
 	if err := wrongs["flipped, and no time tells"](filepath.Join(s.treePath(base[20]), "d", "f")); err != nil {
 		t.Fatal(err)
 	}
-	if _, _, err := s.Prepare(t.Context(), base, len(base)); err != nil || !slices.Equal(s.fewer(base), base) {
-		t.Errorf("Prepare: %v, %d layers, want all %d", err, len(s.fewer(base)), len(base))
+	s.Close()
+	s = reopen(t, s.Dir()) // nobody promises anything
+	for _, b := range s.storedBlobs(base[20]) {
+		if err := os.Remove(s.blobPath(b.Descriptor.Digest)); err != nil {
+			t.Fatal(err)
+		}
 	}
-	if _, err := os.Lstat(recordOf(s, base)); !errors.Is(err, fs.ErrNotExist) {
-		t.Errorf("there is a record: %v", err)
+	if _, _, err := s.Prepare(t.Context(), base, len(base)); !errors.Is(err, ErrLost) {
+		t.Errorf("Prepare: %v, want ErrLost", err)
+	}
+	if s.Has(base[20]) {
+		t.Error("what is damaged is still there")
 	}
 }
 
