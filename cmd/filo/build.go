@@ -105,7 +105,7 @@ func (a *app) runBuild(cmd *cobra.Command, f *buildFlags, ref string) error {
 		return err
 	}
 	defer s.store.Close()
-	d, err := a.newDisplay(mode)
+	d, err := a.newDisplay(mode, f.show.logTime)
 	if err != nil {
 		return wrong(err)
 	}
@@ -145,17 +145,27 @@ func (j *job) timings() error {
 
 // mode is how progress is shown.
 func (f *showFlags) mode(env lookup) (progress.Mode, error) {
+	if f.quiet && f.logTime {
+		return "", errors.New("--quiet and --log-time cannot be used together")
+	}
 	if f.quiet && f.progress != "" && f.progress != string(progress.Quiet) && f.progress != "none" {
 		return "", fmt.Errorf("--quiet and --progress=%s cannot be used together", f.progress)
 	}
 	if f.quiet {
 		return progress.Quiet, nil
 	}
-	if f.progress != "" {
-		return progress.ParseMode(f.progress)
+	wanted := f.progress
+	if wanted == "" {
+		wanted, _ = env("BUILDKIT_PROGRESS")
 	}
-	v, _ := env("BUILDKIT_PROGRESS")
-	return progress.ParseMode(v)
+	mode, err := progress.ParseMode(wanted)
+	if err != nil || !f.logTime {
+		return mode, err
+	}
+	if mode != progress.Auto && mode != progress.Plain {
+		return "", fmt.Errorf("--log-time and --progress=%s cannot be used together", mode)
+	}
+	return progress.Plain, nil
 }
 
 // job is one build, from its inputs to its outputs.

@@ -72,6 +72,7 @@ type resultFlags struct {
 // showFlags say what is shown meanwhile.
 type showFlags struct {
 	progress string
+	logTime  bool
 	quiet    bool
 	timings  bool
 	trace    string
@@ -146,6 +147,7 @@ func (f *stepFlags) register(fs *pflag.FlagSet) {
 
 func (f *showFlags) register(fs *pflag.FlagSet) {
 	fs.StringVar(&f.progress, "progress", "", "how progress is shown: auto, plain, tty, quiet or rawjson (default $BUILDKIT_PROGRESS, or auto)")
+	fs.BoolVar(&f.logTime, "log-time", false, "begin each line of plain progress with its time (UTC)")
 	fs.BoolVar(&f.timings, "timings", false, "show at the end where the time of each step went")
 	fs.StringVar(&f.trace, "trace", "", "write where the time went to a `file` for chrome://tracing or ui.perfetto.dev")
 	fs.BoolVarP(&f.quiet, "quiet", "q", false, "print nothing but the image ID")

@@ -243,13 +243,15 @@ func TestMode(t *testing.T) {
 		{showFlags{progress: "plain"}, env, progress.Plain},
 		{showFlags{quiet: true}, env, progress.Quiet},
 		{showFlags{quiet: true, progress: "none"}, env, progress.Quiet},
+		{showFlags{logTime: true}, variables(), progress.Plain},
+		{showFlags{logTime: true, progress: "plain"}, env, progress.Plain},
 	}
 	for _, tt := range tests {
 		if got, err := tt.f.mode(tt.env); got != tt.want || err != nil {
 			t.Errorf("%+v: %q, %v, want %q", tt.f, got, err, tt.want)
 		}
 	}
-	for _, f := range []showFlags{{progress: "fancy"}, {quiet: true, progress: "plain"}} {
+	for _, f := range []showFlags{{progress: "fancy"}, {quiet: true, progress: "plain"}, {quiet: true, logTime: true}, {logTime: true, progress: "tty"}} {
 		if _, err := f.mode(variables()); err == nil {
 			t.Errorf("%+v: no error", f)
 		}
@@ -307,7 +309,7 @@ func TestRequestIsWhole(t *testing.T) {
 	}
 	fs := pflag.NewFlagSet("build", pflag.ContinueOnError)
 	(&buildFlags{}).register(fs)
-	readElsewhere := []string{"attest", "provenance", "sbom", "keep-storage", "cache-from", "cache-to", "file", "build-context", "call", "check", "tag", "output", "push", "load", "annotation", "iidfile", "metadata-file", "jobs", "explain", "progress", "timings", "trace", "quiet", "ignorefile"}
+	readElsewhere := []string{"attest", "provenance", "sbom", "keep-storage", "cache-from", "cache-to", "file", "build-context", "call", "check", "tag", "output", "push", "load", "annotation", "iidfile", "metadata-file", "jobs", "explain", "progress", "log-time", "timings", "trace", "quiet", "ignorefile"}
 	fs.VisitAll(func(flag *pflag.Flag) {
 		v, ok := values[flag.Name]
 		if !ok {

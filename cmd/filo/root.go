@@ -282,12 +282,12 @@ func (a *app) client() (*registry.Client, error) {
 	return registry.Open(registry.Options{Mirrors: mirrors, Config: config, UserAgent: "filo/" + version()}), nil
 }
 
-// newDisplay starts the display of what a command does.
-func (a *app) newDisplay(mode progress.Mode) (*progress.Display, error) {
+// newDisplay starts the display of what a command does; timed is for plain progress.
+func (a *app) newDisplay(mode progress.Mode, timed bool) (*progress.Display, error) {
 	_, noColor := a.env("NO_COLOR")
 	lines, _ := strconv.Atoi(a.getenv("BUILDKIT_TTY_LOG_LINES")) // of what is no number the default is used
 	d, err := progress.New(a.stderr, progress.Options{
-		Mode: mode, Now: a.now, Size: terminalSize(a.stderr), Color: !noColor, LogLines: lines, Ticker: ticker,
+		Mode: mode, Now: a.now, Size: terminalSize(a.stderr), Color: !noColor, LogLines: lines, Timed: timed, Ticker: ticker,
 	})
 	if err != nil {
 		return nil, err

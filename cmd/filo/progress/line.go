@@ -8,8 +8,9 @@ import (
 
 // line is one line of a step's output.
 type line struct {
-	seconds string // since the step's start; "" for the builder's own words
-	text    []byte // without the newline
+	at      time.Time // when it began
+	seconds string    // since the step's start; "" for the builder's own words
+	text    []byte    // without the newline
 }
 
 func (l line) String() string {
@@ -62,7 +63,7 @@ func (v *vertex) flush() []line {
 
 // line empties p into a line and remembers it in the tail.
 func (v *vertex) line(stream int, p *partial) line {
-	l := line{text: bytes.TrimSuffix(p.text, []byte{'\r'})}
+	l := line{at: p.at, text: bytes.TrimSuffix(p.text, []byte{'\r'})}
 	if stream != 0 {
 		l.seconds = seconds(p.at.Sub(v.started))
 	}

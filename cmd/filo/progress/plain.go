@@ -15,6 +15,7 @@ type plain struct {
 	w       io.Writer
 	text    bytes.Buffer // what is to be written next
 	now     func() time.Time
+	timed   bool     // each line begins with its time
 	waiting []*block // has something to say, in the order of asking
 	blocks  map[*vertex]*block
 	floor   *vertex
@@ -25,6 +26,7 @@ type plain struct {
 // block is what a vertex has to say.
 type block struct {
 	v    *vertex
+	at   time.Time // of the first
 	text bytes.Buffer
 }
 
@@ -34,27 +36,38 @@ const (
 )
 
 func (p *plain) event(v *vertex, e builder.Event, lines []line) {
-	b := p.block(v)
+	b, now := p.block(v), p.now()
 	for _, l := range lines {
-		fmt.Fprintf(&b.text, "#%d %s\n", v.n, l)
+		p.put(&b.text, v, l.at, l.String())
 	}
 	switch e.State {
 	case builder.Warned:
-		fmt.Fprintf(&b.text, "#%d WARN: %s\n", v.n, e.Data)
+		p.put(&b.text, v, now, "WARN: "+string(e.Data))
 	case builder.Cached:
-		fmt.Fprintf(&b.text, "#%d CACHED\n", v.n)
+		p.put(&b.text, v, now, "CACHED")
 	case builder.Done:
-		fmt.Fprintf(&b.text, "#%d DONE %.1fs\n", v.n, v.ended.Sub(v.started).Seconds())
+		p.put(&b.text, v, now, fmt.Sprintf("DONE %.1fs", v.ended.Sub(v.started).Seconds()))
 	case builder.Failed:
-		fmt.Fprintf(&b.text, "#%d ERROR: %v\n", v.n, e.Err)
+		p.put(&b.text, v, now, fmt.Sprintf("ERROR: %v", e.Err))
 	case builder.Canceled:
-		fmt.Fprintf(&b.text, "#%d CANCELED\n", v.n)
+		p.put(&b.text, v, now, "CANCELED")
 	case builder.Moving, builder.Moved:
 		p.move(b, v.moving(string(e.Data)))
 	case builder.Started, builder.Log:
 	}
 	p.speak(b)
 	p.flush()
+}
+
+// timeForm is how the time of a line is written, in UTC.
+const timeForm = "2006-01-02T15:04:05.000Z "
+
+// put writes a line about v to w.
+func (p *plain) put(w *bytes.Buffer, v *vertex, at time.Time, text string) {
+	if p.timed {
+		w.Write(at.UTC().AppendFormat(nil, timeForm))
+	}
+	fmt.Fprintf(w, "#%d %s\n", v.n, text)
 }
 
 // move writes what moves when it has come, and now and then while that takes long.
@@ -67,7 +80,7 @@ func (p *plain) move(b *block, m *move) {
 		return
 	}
 	m.drawn = now
-	fmt.Fprintf(&b.text, "#%d %s %s %.1fs%s\n", b.v.n, m.what, m.count(), m.took(now).Seconds(), end)
+	p.put(&b.text, b.v, now, fmt.Sprintf("%s %s %.1fs%s", m.what, m.count(), m.took(now).Seconds(), end))
 }
 
 func (p *plain) tick() {
@@ -99,7 +112,7 @@ func (p *plain) block(v *vertex) *block {
 	}
 	b := p.blocks[v]
 	if b == nil {
-		b = &block{v: v}
+		b = &block{v: v, at: p.now()}
 		p.blocks[v] = b
 		p.waiting = append(p.waiting, b)
 	}
@@ -129,15 +142,16 @@ func (p *plain) next() {
 // draw takes all of b and gives its vertex the floor for as long as it runs.
 func (p *plain) draw(b *block) {
 	if p.floor != b.v {
+		now := p.now()
 		if p.floor != nil {
-			fmt.Fprintf(&p.text, "#%d ...\n", p.floor.n)
+			p.put(&p.text, p.floor, now, "...")
 		}
 		if p.started {
 			p.text.WriteByte('\n')
 		}
 		p.started = true
-		fmt.Fprintf(&p.text, "#%d %s\n", b.v.n, b.v.name)
-		p.floor, p.since = b.v, p.now()
+		p.put(&p.text, b.v, b.at, b.v.name)
+		p.floor, p.since = b.v, now
 	}
 	p.text.Write(b.text.Bytes())
 	delete(p.blocks, b.v)

@@ -57,6 +57,7 @@ type Options struct {
 	Now      func() time.Time                   // the clock
 	Size     func() (width, height int)         // of the terminal; nil if the output is none
 	Color    bool                               // TTY only
+	Timed    bool                               // Plain only: each line begins with its time
 	LogLines int                                // TTY: lines of a running step's log that are shown; 0 is 6
 	Ticker   func(time.Duration, func()) func() // calls a function regularly until the returned stop; nil draws on events only
 }
@@ -163,7 +164,7 @@ func New(w io.Writer, o Options) (*Display, error) {
 	case TTY:
 		d.style = newTTY(w, d, o)
 	case Plain:
-		d.style = &plain{w: w, now: o.Now}
+		d.style = &plain{w: w, now: o.Now, timed: o.Timed}
 	case RawJSON:
 		d.style = &raw{w: w, now: o.Now}
 	case Quiet:

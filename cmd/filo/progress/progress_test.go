@@ -213,6 +213,33 @@ func TestLineWithoutEnd(t *testing.T) {
 	}
 }
 
+// Each line has the time at which it was due, whenever it is drawn.
+func TestPlainTimed(t *testing.T) {
+	d, out, c := display(t, Options{Mode: Plain, Timed: true})
+	d.Emit(started(1, "a"))
+	c.add(time.Second)
+	d.Emit(log(1, 1, "par"))
+	d.Emit(started(2, "b"))
+	d.Emit(log(2, 1, "waits\n"))
+	c.add(1500 * time.Millisecond)
+	d.Emit(log(1, 1, "tial\n"))
+	d.Emit(moving(1, builder.Moved, "sha256:1", 5, 5))
+	d.Emit(ended(1, builder.Done))
+	d.Emit(ended(2, builder.Done))
+	want := `2023-11-14T22:13:20.000Z #1 a
+2023-11-14T22:13:21.000Z #1 1.000 partial
+2023-11-14T22:13:22.500Z #1 sha256:1 5B / 5B 0.0s done
+2023-11-14T22:13:22.500Z #1 DONE 2.5s
+
+2023-11-14T22:13:21.000Z #2 b
+2023-11-14T22:13:21.000Z #2 0.000 waits
+2023-11-14T22:13:22.500Z #2 DONE 1.5s
+`
+	if out.String() != want {
+		t.Errorf("drew\n%s\nwant\n%s", out, want)
+	}
+}
+
 func TestFailure(t *testing.T) {
 	d, _, _ := display(t, Options{Mode: Plain})
 	d.Emit(started(1, "a"))
