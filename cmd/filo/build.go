@@ -162,10 +162,13 @@ func (f *showFlags) mode(env lookup) (progress.Mode, error) {
 	if err != nil || !f.logTime {
 		return mode, err
 	}
-	if mode != progress.Auto && mode != progress.Plain {
-		return "", fmt.Errorf("--log-time and --progress=%s cannot be used together", mode)
+	switch mode {
+	case progress.Auto:
+		return progress.Plain, nil
+	case progress.Plain, progress.CI:
+		return mode, nil
 	}
-	return progress.Plain, nil
+	return "", fmt.Errorf("--log-time and --progress=%s cannot be used together", mode)
 }
 
 // job is one build, from its inputs to its outputs.

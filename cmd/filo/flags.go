@@ -146,7 +146,7 @@ func (f *stepFlags) register(fs *pflag.FlagSet) {
 }
 
 func (f *showFlags) register(fs *pflag.FlagSet) {
-	fs.StringVar(&f.progress, "progress", "", "how progress is shown: auto, plain, tty, quiet or rawjson (default $BUILDKIT_PROGRESS, or auto)")
+	fs.StringVar(&f.progress, "progress", "", "how progress is shown: auto, plain, ci (plain, each step folded on GitHub or GitLab), tty, quiet or rawjson (default $BUILDKIT_PROGRESS, or auto)")
 	fs.BoolVar(&f.logTime, "log-time", false, "begin each line of plain progress with its time (UTC)")
 	fs.BoolVar(&f.timings, "timings", false, "show at the end where the time of each step went")
 	fs.StringVar(&f.trace, "trace", "", "write where the time went to a `file` for chrome://tracing or ui.perfetto.dev")

@@ -245,6 +245,7 @@ func TestMode(t *testing.T) {
 		{showFlags{quiet: true, progress: "none"}, env, progress.Quiet},
 		{showFlags{logTime: true}, variables(), progress.Plain},
 		{showFlags{logTime: true, progress: "plain"}, env, progress.Plain},
+		{showFlags{logTime: true, progress: "ci"}, env, progress.CI},
 	}
 	for _, tt := range tests {
 		if got, err := tt.f.mode(tt.env); got != tt.want || err != nil {

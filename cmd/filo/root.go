@@ -69,6 +69,8 @@ Environment:
   DOCKER_CONFIG           directory of Docker's config.json with credentials
   SOURCE_DATE_EPOCH       passed to builds as a build argument: pins all times of the image
   BUILDKIT_PROGRESS       default of build --progress
+  GITHUB_ACTIONS          true lets build --progress ci mark groups
+  GITLAB_CI               true lets build --progress ci mark sections
   BUILDKIT_TTY_LOG_LINES  lines of the output of a running step on a terminal (default 6)
   NO_COLOR                no colours on a terminal
   SSH_AUTH_SOCK           agent of build --ssh default
@@ -287,13 +289,24 @@ func (a *app) newDisplay(mode progress.Mode, timed bool) (*progress.Display, err
 	_, noColor := a.env("NO_COLOR")
 	lines, _ := strconv.Atoi(a.getenv("BUILDKIT_TTY_LOG_LINES")) // of what is no number the default is used
 	d, err := progress.New(a.stderr, progress.Options{
-		Mode: mode, Now: a.now, Size: terminalSize(a.stderr), Color: !noColor, LogLines: lines, Timed: timed, Ticker: ticker,
+		Mode: mode, Now: a.now, Size: terminalSize(a.stderr), Color: !noColor, LogLines: lines, Timed: timed, Fold: a.fold(), Ticker: ticker,
 	})
 	if err != nil {
 		return nil, err
 	}
 	a.display = d
 	return d, nil
+}
+
+// fold is what folds lines here.
+func (w world) fold() progress.Fold {
+	switch "true" {
+	case w.getenv("GITHUB_ACTIONS"):
+		return progress.GitHub
+	case w.getenv("GITLAB_CI"):
+		return progress.GitLab
+	}
+	return progress.NoFold
 }
 
 // canceled replaces the error of a command that a signal ended by the signal.

@@ -15,7 +15,8 @@ type plain struct {
 	w       io.Writer
 	text    bytes.Buffer // what is to be written next
 	now     func() time.Time
-	timed   bool     // each line begins with its time
+	timed   bool // each line begins with its time
+	fold    Fold
 	waiting []*block // has something to say, in the order of asking
 	blocks  map[*vertex]*block
 	floor   *vertex
@@ -28,6 +29,7 @@ type block struct {
 	v    *vertex
 	at   time.Time // of the first
 	text bytes.Buffer
+	end  bytes.Buffer // how v ended
 }
 
 const (
@@ -44,13 +46,13 @@ func (p *plain) event(v *vertex, e builder.Event, lines []line) {
 	case builder.Warned:
 		p.put(&b.text, v, now, "WARN: "+string(e.Data))
 	case builder.Cached:
-		p.put(&b.text, v, now, "CACHED")
+		p.put(&b.end, v, now, "CACHED")
 	case builder.Done:
-		p.put(&b.text, v, now, fmt.Sprintf("DONE %.1fs", v.ended.Sub(v.started).Seconds()))
+		p.put(&b.end, v, now, fmt.Sprintf("DONE %.1fs", v.ended.Sub(v.started).Seconds()))
 	case builder.Failed:
-		p.put(&b.text, v, now, fmt.Sprintf("ERROR: %v", e.Err))
+		p.put(&b.end, v, now, fmt.Sprintf("ERROR: %v", e.Err))
 	case builder.Canceled:
-		p.put(&b.text, v, now, "CANCELED")
+		p.put(&b.end, v, now, "CANCELED")
 	case builder.Moving, builder.Moved:
 		p.move(b, v.moving(string(e.Data)))
 	case builder.Started, builder.Log:
@@ -93,6 +95,9 @@ func (p *plain) tick() {
 func (p *plain) close() {
 	for len(p.waiting) > 0 {
 		p.next()
+	}
+	if p.floor != nil {
+		p.text.WriteString(p.fold.end(p.floor, p.now()))
 	}
 	p.flush()
 }
@@ -145,12 +150,14 @@ func (p *plain) draw(b *block) {
 		now := p.now()
 		if p.floor != nil {
 			p.put(&p.text, p.floor, now, "...")
+			p.text.WriteString(p.fold.end(p.floor, now))
 		}
 		if p.started {
 			p.text.WriteByte('\n')
 		}
 		p.started = true
-		p.put(&p.text, b.v, b.at, b.v.name)
+		p.text.WriteString(p.fold.begin(b.v, now))
+		p.put(&p.text, b.v, b.at, p.fold.title(b.v.name))
 		p.floor, p.since = b.v, now
 	}
 	p.text.Write(b.text.Bytes())
@@ -162,6 +169,8 @@ func (p *plain) draw(b *block) {
 		}
 	}
 	if !b.v.running() {
+		p.text.WriteString(p.fold.end(b.v, p.now()))
+		p.text.Write(b.end.Bytes())
 		p.floor = nil
 	}
 }

@@ -1,5 +1,5 @@
-// Package progress draws what a builder reports: plain lines in BuildKit's form (plain.go), a redrawn list on a
-// terminal (tty.go), BuildKit's status objects as JSON (raw.go), or nothing. Where the time went is in timing.go. Lines are cut from the stream of a step
+// Package progress draws what a builder reports: plain lines in BuildKit's form (plain.go), which a CI system may fold
+// (fold.go), a redrawn list on a terminal (tty.go), BuildKit's status objects as JSON (raw.go), or nothing. Where the time went is in timing.go. Lines are cut from the stream of a step
 // in line.go; every line of every step is drawn, however long the log.
 //
 // It decides nothing and keeps nothing but what it needs to draw, and the last lines of each step for whoever shows
@@ -30,6 +30,7 @@ type Mode string
 const (
 	Auto    Mode = "auto"    // TTY on a terminal, else Plain
 	Plain   Mode = "plain"   // lines
+	CI      Mode = "ci"      // the lines of Plain, with marks for a CI system that folds those of a step
 	TTY     Mode = "tty"     // a list that is redrawn
 	Quiet   Mode = "quiet"   // nothing
 	RawJSON Mode = "rawjson" // an object a line
@@ -42,10 +43,10 @@ func ParseMode(s string) (Mode, error) {
 		return Auto, nil
 	case "none":
 		return Quiet, nil
-	case Auto, Plain, TTY, Quiet, RawJSON:
+	case Auto, Plain, CI, TTY, Quiet, RawJSON:
 		return m, nil
 	}
-	return "", fmt.Errorf("parse progress mode %q: must be one of auto, plain, tty, quiet, rawjson", s)
+	return "", fmt.Errorf("parse progress mode %q: must be one of auto, plain, ci, tty, quiet, rawjson", s)
 }
 
 // ErrNoTerminal is returned for [TTY] where there is no terminal to draw on.
@@ -57,7 +58,8 @@ type Options struct {
 	Now      func() time.Time                   // the clock
 	Size     func() (width, height int)         // of the terminal; nil if the output is none
 	Color    bool                               // TTY only
-	Timed    bool                               // Plain only: each line begins with its time
+	Timed    bool                               // Plain and CI: each line begins with its time
+	Fold     Fold                               // CI only
 	LogLines int                                // TTY: lines of a running step's log that are shown; 0 is 6
 	Ticker   func(time.Duration, func()) func() // calls a function regularly until the returned stop; nil draws on events only
 }
@@ -165,6 +167,8 @@ func New(w io.Writer, o Options) (*Display, error) {
 		d.style = newTTY(w, d, o)
 	case Plain:
 		d.style = &plain{w: w, now: o.Now, timed: o.Timed}
+	case CI:
+		d.style = &plain{w: w, now: o.Now, timed: o.Timed, fold: o.Fold}
 	case RawJSON:
 		d.style = &raw{w: w, now: o.Now}
 	case Quiet:

@@ -240,6 +240,39 @@ func TestPlainTimed(t *testing.T) {
 	}
 }
 
+// How a step ended stands below what may be folded, and all that is begun ends.
+func TestFold(t *testing.T) {
+	for fold, want := range map[Fold]string{
+		NoFold: "#1 100%\n#1 0.000 a\n#1 ...\n\n#2 b\n#2 DONE 6.0s\n\n#1 100%\n#1 6.000 c\n#1 ERROR: no\n\n#3 d\n#3 0.000 e\n",
+		GitHub: "::group::#1 100%25\n#1 0.000 a\n#1 ...\n::endgroup::\n\n::group::#2 b\n::endgroup::\n#2 DONE 6.0s\n\n" +
+			"::group::#1 100%25\n#1 6.000 c\n::endgroup::\n#1 ERROR: no\n\n::group::#3 d\n#3 0.000 e\n::endgroup::\n",
+		GitLab: "\x1b[0Ksection_start:1700000000:filo_1_1700000000000000000[collapsed=true]\r\x1b[0K#1 100%\n#1 0.000 a\n#1 ...\n" +
+			"\x1b[0Ksection_end:1700000006:filo_1_1700000000000000000\r\x1b[0K\n\n" +
+			"\x1b[0Ksection_start:1700000006:filo_2_1700000000000000000[collapsed=true]\r\x1b[0K#2 b\n" +
+			"\x1b[0Ksection_end:1700000006:filo_2_1700000000000000000\r\x1b[0K\n#2 DONE 6.0s\n\n" +
+			"\x1b[0Ksection_start:1700000006:filo_1_1700000000000000000[collapsed=true]\r\x1b[0K#1 100%\n#1 6.000 c\n" +
+			"\x1b[0Ksection_end:1700000006:filo_1_1700000000000000000\r\x1b[0K\n#1 ERROR: no\n\n" +
+			"\x1b[0Ksection_start:1700000006:filo_3_1700000006000000000[collapsed=true]\r\x1b[0K#3 d\n#3 0.000 e\n" +
+			"\x1b[0Ksection_end:1700000006:filo_3_1700000006000000000\r\x1b[0K\n",
+	} {
+		d, out, c := display(t, Options{Mode: CI, Fold: fold})
+		d.Emit(started(1, "100%"))
+		d.Emit(log(1, 1, "a\n"))
+		d.Emit(started(2, "b"))
+		c.add(6 * time.Second)
+		d.Tick()
+		d.Emit(ended(2, builder.Done))
+		d.Emit(log(1, 1, "c\n"))
+		d.Emit(builder.Event{Vertex: 1, State: builder.Failed, Err: errors.New("no")})
+		d.Emit(started(3, "d"))
+		d.Emit(log(3, 1, "e"))
+		d.Close()
+		if out.String() != want {
+			t.Errorf("%q: drew\n%q\nwant\n%q", fold, out, want)
+		}
+	}
+}
+
 func TestFailure(t *testing.T) {
 	d, _, _ := display(t, Options{Mode: Plain})
 	d.Emit(started(1, "a"))
@@ -344,7 +377,7 @@ func TestRawJSON(t *testing.T) {
 }
 
 func TestParseMode(t *testing.T) {
-	for s, want := range map[string]Mode{"": Auto, "auto": Auto, "plain": Plain, "tty": TTY, "quiet": Quiet, "none": Quiet, "rawjson": RawJSON} {
+	for s, want := range map[string]Mode{"": Auto, "auto": Auto, "plain": Plain, "ci": CI, "tty": TTY, "quiet": Quiet, "none": Quiet, "rawjson": RawJSON} {
 		if got, err := ParseMode(s); got != want || err != nil {
 			t.Errorf("ParseMode(%q) = %q, %v, want %q", s, got, err, want)
 		}
