@@ -100,6 +100,7 @@ func TestCopy(t *testing.T) {
 		{"COPY --chown=:5 f /z", map[string]string{"z": "- 0644 0:5 F"}},
 		{"COPY --parents d/e/y /z/", map[string]string{"z": dir, "z/d": "d 0700 0:0 ", "z/d/e": dir, "z/d/e/y": y}},
 		{"COPY --parents ./d/./e/* /z/", map[string]string{"z": dir, "z/e": dir, "z/e/y": y}},
+		{"COPY --parents [dfg]/./x /z/", map[string]string{"z": dir, "z/x": x}}, // a file is no pivot
 		{"COPY --parents **/y /z/", map[string]string{"z": dir, "z/d": "d 0700 0:0 ", "z/d/e": dir, "z/d/e/y": y}},
 		{"COPY --exclude=e --exclude=.* d /z", map[string]string{"z": dir, "z/x": x, "z/h": x, "z/lx": link}},
 		{"COPY --exclude=g ? /z/", with(under("z"), map[string]string{"z/f": "- 0644 0:0 NF"})},

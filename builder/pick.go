@@ -129,6 +129,9 @@ func (o *origin) pickParents(ctx context.Context, s selection, exclude *patternm
 		if _, err := w.walk(&p); err != nil {
 			return nil, missing(m, err)
 		}
+		if pattern != "" && !p.isDir() { // a wildcard met a file, which nothing is below
+			continue
+		}
 		if !hasMeta(s.path) && !p.has(path.Clean(cmp.Or(pattern, "."))) { // excluded, or behind a link
 			return nil, missing(s.path, fs.ErrNotExist)
 		}
