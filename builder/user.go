@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"math"
 	"slices"
 	"strconv"
 	"strings"
@@ -145,7 +146,8 @@ func (a accounts) chown(spec string) (owner, error) {
 	return o, nil
 }
 
+// number reads an id; a sign is allowed, as BuildKit and USER allow it.
 func number(s string) (int, bool) {
-	n, err := strconv.ParseUint(s, 10, 32)
-	return int(n), err == nil
+	n, err := strconv.ParseInt(s, 10, 64)
+	return int(n), err == nil && n >= 0 && n <= math.MaxUint32
 }

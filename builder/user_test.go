@@ -22,6 +22,8 @@ func TestAccounts(t *testing.T) {
 		{"77", owner{77, 0}, "/", owner{77, 77}},
 		{"77:9", owner{77, 9}, "/", owner{77, 9}},
 		{"7", owner{7, 8}, "", owner{7, 7}},
+		{"+77:+9", owner{77, 9}, "/", owner{77, 9}},
+		{"+77", owner{77, 0}, "/", owner{77, 77}},
 	} {
 		who, err := a.lookup(c.spec)
 		if err != nil {
