@@ -53,10 +53,10 @@ func (st *state) transfer(op *Copy, what instructions.SourcesAndDest, step *Step
 	if err := checkMode(op.Chmod); err != nil {
 		return err
 	}
+	op.Link = op.Link && op.Chmod == "" // a mode goes to files that --link would not see
 	if op.Link && !numericOwner(op.Chown) {
 		return fmt.Errorf("--chown=%s: user and group names can't be resolved when used with --link, use numeric uid[:gid] instead", op.Chown)
 	}
-	op.Link = op.Link && op.Chmod == "" // a mode goes to files that --link would not see
 	op.Dest = st.destination(what.DestPath)
 	text := "COPY"
 	if op.Add {

@@ -172,6 +172,7 @@ func TestCopy(t *testing.T) {
 		{"COPY a /x/.", "/x/", []Source{path("/a")}},
 		{"COPY a /x/../y", "/y", []Source{path("/a")}},
 		{"COPY a* /", "/", []Source{path("/a*")}},
+		{"COPY --link --chown=me --chmod=600 a /", "/", []Source{path("/a")}}, // a mode undoes --link, so names can be found
 		{"COPY --parents a/./b/c d/e /x/", "/x/", []Source{{Path: "/a/b/c", Pivot: "/a"}, {Path: "/d/e", Pivot: "/"}}},
 		{"ADD http://h/a/f.txt?x http://h /x/", "/x/", []Source{
 			{URL: "http://h/a/f.txt?x", Name: "f.txt"}, {URL: "http://h", Name: "__unnamed__"}}},
