@@ -10,6 +10,8 @@ import (
 	"strings"
 	"time"
 	"unicode/utf8"
+
+	"golang.org/x/sys/unix"
 )
 
 const (
@@ -182,6 +184,9 @@ func canonical(e Entry) (Entry, error) {
 	}
 	if strings.HasPrefix(path.Base(e.Path), whiteoutPrefix) {
 		return e, errors.New("names that begin with .wh. mean deleted files in layers, no real file can have one")
+	}
+	if len(e.Path) > maxPath || len(path.Base(e.Path)) > maxName {
+		return e, unix.ENAMETOOLONG
 	}
 	if e.Path == "." && e.Type != Dir {
 		return e, errors.New("the root is not a directory")

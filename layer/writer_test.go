@@ -189,6 +189,7 @@ func TestAddRefuses(t *testing.T) {
 		{"no parent", []item{regular("a/b", "")}, "directory is not in the layer", nil},
 		{"parent is a file", []item{regular("a", ""), regular("a/b", "")}, "directory is not in the layer", nil},
 		{"whiteout name", []item{regular(".wh.a", "")}, ".wh.", nil},
+		{"long name", []item{regular(strings.Repeat("n", 256), "")}, "file name too long", nil},
 		{"unclean", []item{regular("../a", "")}, "clean", nil},
 		{"absolute", []item{regular("/a", "")}, "clean", nil},
 		{"NUL", []item{regular("a\x00", "")}, "clean", nil},
