@@ -42,6 +42,8 @@ func tool(args []string) {
 		os.Stdout.Write(b)
 	case "env":
 		fmt.Println(os.Getenv(args[1]))
+	case "mkdir":
+		err = os.Mkdir(args[1], 0o755)
 	case "rm":
 		err = os.RemoveAll(args[1])
 	case "fail":
@@ -292,6 +294,23 @@ func TestCacheMountInKey(t *testing.T) {
 	b.build(both, nil)
 	if _, misses := b.cached(); misses != 2 {
 		t.Errorf("another source beside a bind mount: %d misses, want 2\n%s", misses, b.log())
+	}
+}
+
+// A source without from is a directory of the cache itself.
+func TestCacheMountSource(t *testing.T) {
+	sandboxed(t)
+	b := newBench(t)
+	const part = "RUN --mount=type=cache,id=c,source=part,target=/p "
+	start := "FROM scratch\nCOPY tool /bin/tool\nRUN --mount=type=cache,id=c,target=/c [\"/bin/tool\", \"mkdir\", \"/c/part\"]\n"
+	b.build(start+part+`["/bin/tool", "write", "/p/f", "text"]`+"\n", nil)
+	b.build(start+"RUN --mount=type=cache,id=c,target=/p [\"/bin/tool\", \"cat\", \"/p/part/f\"]\n"+part+`["/bin/tool", "cat", "/p/f"]`+"\n", nil)
+	if _, misses := b.cached(); misses != 2 {
+		t.Errorf("the whole cache and a part of it: %d misses, want 2\n%s", misses, b.log())
+	}
+	err := b.try(start+strings.Replace(part, "part", "none", 1)+`["/bin/tool", "cat", "/p/f"]`+"\n", nil, nil)
+	if err == nil || !strings.Contains(err.Error(), "none") {
+		t.Errorf("a source that is not there: got error %v", err)
 	}
 }
 

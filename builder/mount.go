@@ -29,6 +29,7 @@ type mountKey struct {
 	Target   string        `json:",omitempty"`
 	ReadOnly bool          `json:",omitempty"`
 	Content  digest.Digest `json:",omitempty"` // bind, cache: where it starts from
+	Source   string        `json:",omitempty"` // cache without from: the directory in it that is shown, unless it is all
 	ID       string        `json:",omitempty"` // secret, ssh
 	Env      string        `json:",omitempty"`
 	Size     int64         `json:",omitempty"`
@@ -72,11 +73,14 @@ func (w *walk) prepareMount(ctx context.Context, m dockerfile.Mount) (mount, err
 		pm.key.Content = pm.source[0].shown()
 	case dockerfile.MountCache: // what makes it another cache apart from its ID, see cacheName
 		pm.key.Mode, pm.key.UID, pm.key.GID = m.Mode, m.UID, m.GID
-		if m.HasFrom {
+		switch {
+		case m.HasFrom:
 			if err := w.prepareSource(ctx, &pm); err != nil {
 				return pm, err
 			}
 			pm.key.Content = pm.source[0].shown()
+		case m.Source != "/":
+			pm.key.Source = m.Source
 		}
 		pm.cache = cacheName(pm)
 	}
@@ -136,6 +140,9 @@ func (w *walk) mount(ctx context.Context, p *sandbox.Process, r runStep, view *l
 			sm, free, err = w.bind(ctx, m)
 		case dockerfile.MountCache:
 			sm = caches[m.cache]
+			if !m.HasFrom { // otherwise the cache began as the source
+				sm.Subpath = m.Source
+			}
 		case dockerfile.MountTmpfs:
 			sm = sandbox.Mount{Type: sandbox.Tmpfs, Size: m.Size, Mode: dirMode(view, m.Target)}
 		case dockerfile.MountSecret:
