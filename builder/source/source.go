@@ -197,8 +197,13 @@ func openStream(ctx context.Context, r *bufio.Reader, o Options) (*Source, error
 
 // redact hides the password of a URL, so that it can be shown.
 func redact(ref string) string {
-	if u, err := url.Parse(ref); err == nil && u.User != nil {
-		return u.Redacted()
+	u, err := url.Parse(ref)
+	if err != nil { // of a password with odd characters as well
+		scheme, rest, _ := strings.Cut(ref, "://")
+		if i := strings.LastIndexByte(rest, '@'); i >= 0 {
+			return scheme + "://xxxxx" + rest[i:]
+		}
+		return ref
 	}
-	return ref
+	return u.Redacted()
 }
