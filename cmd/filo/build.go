@@ -110,6 +110,11 @@ func (a *app) runBuild(cmd *cobra.Command, f *buildFlags, ref string) error {
 		return wrong(err)
 	}
 	defer d.Close()
+	if call.method == "build" {
+		if err := forget(f.results.iidfile); err != nil {
+			return err
+		}
+	}
 	j := &job{app: a, state: s, flags: f, req: req, outputs: outputs, wanted: wanted, display: d, caches: caches, begin: a.now(), id: strings.ToLower(rand.Text())}
 	a.pulls.show(d.Emit, j.nextTask, a.now)
 	defer j.close()

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"maps"
+	"os"
 	"slices"
 	"strings"
 	"time"
@@ -204,7 +205,9 @@ func (j *job) writeFiles(all []export.Exported, r builder.Result) error {
 	if err := j.metadataProvenance(metadata, r); err != nil {
 		return err
 	}
-	if f := j.flags.results.iidfile; f != "" && id != "" {
+	if f := j.flags.results.iidfile; f != "" && id == "" {
+		j.warn("--iidfile: no output holds an image, so there is no ID to write")
+	} else if f != "" {
 		if err := writeFile(f, []byte(id)); err != nil {
 			return err
 		}
@@ -223,6 +226,14 @@ func (j *job) writeFiles(all []export.Exported, r builder.Result) error {
 		return err
 	}
 	return nil
+}
+
+// forget removes the file that an earlier build wrote, so that nobody takes its ID for that of one that failed.
+func forget(iidfile string) error {
+	if fi, err := os.Lstat(iidfile); err != nil || !fi.Mode().IsRegular() {
+		return nil
+	}
+	return os.Remove(iidfile)
 }
 
 // buildWarning is a warning in JSON, with its place in the Dockerfile if it has one: BuildKit's VertexWarning.

@@ -317,8 +317,12 @@ func canceled(ctx context.Context, err error) error {
 	return err
 }
 
-// writeFile writes data to path whole or not at all.
+// writeFile writes data to a file, whole or not at all. What is there and no file, such as /dev/null or a link, stays and is
+// written to.
 func writeFile(path string, data []byte) error {
+	if fi, err := os.Lstat(path); err == nil && !fi.Mode().IsRegular() {
+		return os.WriteFile(path, data, 0o644)
+	}
 	f, err := os.CreateTemp(filepath.Dir(path), "."+filepath.Base(path)+".*")
 	if err != nil {
 		return err
