@@ -61,8 +61,13 @@ func (f *whatFlags) apply(req *builder.Request, env lookup) (err error) {
 		req.Labels[k] = v
 	}
 	for _, c := range f.contexts {
-		if name, value, _ := strings.Cut(c, "="); name == "" || value == "" {
+		name, value, _ := strings.Cut(c, "=")
+		if name == "" || value == "" {
 			return fmt.Errorf("--build-context %q: want NAME=VALUE, like assets=../assets or base=docker-image://alpine", c)
+		}
+		name, _, _ = strings.Cut(name, "::") // what follows is a platform
+		if _, err := registry.Normalize(name); err != nil {
+			return fmt.Errorf("--build-context %s: no stage or image can have this name: %w", name, err)
 		}
 	}
 	req.Platforms, err = parsePlatforms(f.platforms)
