@@ -75,7 +75,7 @@ func (a *app) runBuild(cmd *cobra.Command, f *buildFlags, ref string) error {
 	if err != nil {
 		return wrong(err)
 	}
-	outputs, err := f.results.parse(len(req.Platforms), req.MultiPlatform || wanted != (attest.Wanted{}), a.data())
+	outputs, err := f.results.parse(len(req.Platforms), req.MultiPlatform || wanted != (attest.Wanted{}), f.show.quiet, a.data())
 	if err == nil {
 		err = suit(&req, outputs)
 	}

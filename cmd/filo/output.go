@@ -21,8 +21,9 @@ import (
 )
 
 // parse turns -o, --push, --load, -t and --annotation into the outputs of a build for so many platforms; index says that
-// there is an index even for one. stdout is where an output without a file goes; nil refuses one.
-func (f *resultFlags) parse(platforms int, index bool, stdout io.Writer) ([]export.Output, error) {
+// there is an index even for one, id that the image ID is asked for, so that there has to be an image. stdout is where an
+// output without a file goes; nil refuses one.
+func (f *resultFlags) parse(platforms int, index, id bool, stdout io.Writer) ([]export.Output, error) {
 	names, err := f.names()
 	if err != nil {
 		return nil, err
@@ -31,7 +32,7 @@ func (f *resultFlags) parse(platforms int, index bool, stdout io.Writer) ([]expo
 	if f.load {
 		specs = append(specs, "type=image,store=true")
 	}
-	if len(specs) == 0 && !f.push && !f.cacheOnly() && (len(names) > 0 || f.iidfile != "" || f.metadata != "") {
+	if len(specs) == 0 && !f.push && !f.cacheOnly() && (id || len(names) > 0 || f.iidfile != "" || f.metadata != "") {
 		specs = append(specs, "type=image")
 	}
 	outputs, err := parseOutputs(specs)
@@ -130,9 +131,6 @@ var titles = map[string]string{
 
 // export writes the result to every output.
 func (j *job) export(ctx context.Context, r builder.Result) ([]export.Exported, error) {
-	if len(j.outputs) == 0 && j.flags.show.quiet { // the image ID is asked for, so there has to be an image
-		j.outputs = []export.Output{{Type: "image", Attrs: map[string]string{}}}
-	}
 	if len(j.outputs) == 0 && !j.flags.results.cacheOnly() {
 		j.warn("No output specified: the result stays in the cache only. Use -t NAME to keep the image, --push to push it, or -o")
 	}

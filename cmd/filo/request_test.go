@@ -207,7 +207,7 @@ func TestOutputs(t *testing.T) {
 	}
 	for _, tt := range tests {
 		f := parseFlags(t, tt.args...)
-		all, err := f.results.parse(1, false, io.Discard)
+		all, err := f.results.parse(1, false, false, io.Discard)
 		if err != nil {
 			t.Errorf("%q: %v", tt.args, err)
 			continue
@@ -226,7 +226,7 @@ func TestOutputs(t *testing.T) {
 			t.Errorf("%q: outputs %q, want %q", tt.args, got, tt.want)
 		}
 	}
-	if _, err := parseFlags(t, "--push").results.parse(1, false, io.Discard); err == nil || !strings.Contains(err.Error(), "tag is needed") {
+	if _, err := parseFlags(t, "--push").results.parse(1, false, false, io.Discard); err == nil || !strings.Contains(err.Error(), "tag is needed") {
 		t.Errorf("--push without a tag: %v", err)
 	}
 }
