@@ -187,6 +187,13 @@ func TestSecret(t *testing.T) {
 	if _, err := secrets([]string{"id=big,src=big"}, env); err == nil {
 		t.Error("a secret over the limit is accepted")
 	}
+	all, err := secrets([]string{"id=endless,src=/dev/zero"}, env)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if b, err := all["endless"](); err == nil {
+		t.Errorf("%d bytes of a secret without a size are accepted", len(b))
+	}
 }
 
 func TestOutputs(t *testing.T) {

@@ -2,6 +2,7 @@ package main
 
 import (
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"strings"
@@ -100,5 +101,19 @@ func fileSecret(path string) (builder.Secret, error) {
 	if fi.Size() > secretLimit {
 		return nil, fmt.Errorf("%s: over %d bytes", path, secretLimit)
 	}
-	return func() ([]byte, error) { return os.ReadFile(path) }, nil
+	return func() ([]byte, error) { return readSecret(path) }, nil
+}
+
+// readSecret reads a secret whose size is known only now: a pipe has none.
+func readSecret(path string) ([]byte, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	b, err := io.ReadAll(io.LimitReader(f, secretLimit+1))
+	if err == nil && len(b) > secretLimit {
+		err = fmt.Errorf("%s: over %d bytes", path, secretLimit)
+	}
+	return b, err
 }
