@@ -1,6 +1,6 @@
 // Package builder turns a Dockerfile into images: it walks stages side by side and skips or does their steps.
-// A step is a key, a get, a do and a put: step.go has both central functions, step and do; copy.go plans COPY and
-// ADD from two file systems, run.go makes a sandbox process of a RUN.
+// A step is a key, a get, a do and a put: step.go has that. copy.go makes a plan (plan.go) of COPY and ADD from two file
+// systems (pick.go), run.go a sandbox process of a RUN, with what mount.go shows it.
 //
 // It never parses a Dockerfile, knows no wire format, makes no system call and prints nothing: whoever asked gets
 // an [Event] for everything that happens.

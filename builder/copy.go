@@ -236,7 +236,7 @@ func unixMode(m fs.FileMode) uint32 {
 	return out
 }
 
-// mkdirStep does a WORKDIR: what is missing of the path is made and belongs to the step's user.
+// mkdir does a WORKDIR: what is missing of the path is made and belongs to the step's user.
 func (w *walk) mkdir(ctx context.Context, v *vertex, op *dockerfile.Mkdir, below []layer.Layer, created int64, sinks layer.Sinks) (layer.Layer, error) {
 	view, err := w.Store.View(ctx, below)
 	if err != nil {
