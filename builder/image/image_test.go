@@ -229,9 +229,6 @@ func TestPullAgain(t *testing.T) {
 	pull := func(ref string, mode PullMode) (*Image, error) {
 		return Pull(t.Context(), s, registry.Open(registry.Options{}), ref, amd64, mode)
 	}
-	if _, err := pull(ref, PullNever); !registry.Is(err, registry.NotFound) {
-		t.Errorf("PullNever before a pull: %v", err)
-	}
 	if _, err := pull(ref, PullCurrent); err != nil {
 		t.Fatal(err)
 	}
@@ -245,9 +242,6 @@ func TestPullAgain(t *testing.T) {
 		if err != nil || img.Digest != dg || len(srv.log) != 0 {
 			t.Errorf("Pull(%s) = %v, %v, asked %q", pinned, img, err, srv.log)
 		}
-	}
-	if img, err := pull(ref, PullNever); err != nil || img.Digest != dg {
-		t.Errorf("PullNever = %v, %v", img, err)
 	}
 	srv.http.Close()
 	img, err := pull(ref, PullCurrent)
@@ -450,11 +444,9 @@ func TestLocalNameFirst(t *testing.T) {
 		t.Fatal(err)
 	}
 	c := registry.Open(registry.Options{})
-	for _, mode := range []PullMode{PullCurrent, PullNever} {
-		img, err := Pull(t.Context(), s, c, "127.0.0.1:1/local:1", amd64, mode)
-		if err != nil || img.Digest != d.Digest || len(img.Layers) != 1 {
-			t.Errorf("Pull(%v) = %+v, %v", mode, img, err)
-		}
+	img, err := Pull(t.Context(), s, c, "127.0.0.1:1/local:1", amd64, PullCurrent)
+	if err != nil || img.Digest != d.Digest || len(img.Layers) != 1 {
+		t.Errorf("Pull = %+v, %v", img, err)
 	}
 	if img, err := Pull(t.Context(), s, c, "127.0.0.1:1/local:1", arm64, PullCurrent); err != nil || !img.WrongPlatform {
 		t.Errorf("Pull for another platform = %+v, %v", img, err)

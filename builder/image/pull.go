@@ -21,7 +21,6 @@ type PullMode int
 const (
 	PullCurrent PullMode = iota // a local image of that name, else what the registry has now
 	PullAlways                  // what the registry has now
-	PullNever                   // only what is here: a local image, or what the reference last resolved to
 )
 
 // Pull reads a base image for a platform and promises its layers to the store. Fetched are only manifest
@@ -45,28 +44,25 @@ func Pull(ctx context.Context, s *layer.Store, c *registry.Client, ref string, p
 			return nil, err
 		}
 	}
-	img, err := pull(ctx, s, c, full, p, mode)
+	img, err := pull(ctx, s, c, full, p)
 	if err != nil && local != nil {
 		return local, nil
 	}
 	return img, err
 }
 
-func pull(ctx context.Context, s *layer.Store, c *registry.Client, full string, p ocispec.Platform, mode PullMode) (*Image, error) {
-	d, stale, err := find(ctx, s, c, full, mode)
+func pull(ctx context.Context, s *layer.Store, c *registry.Client, full string, p ocispec.Platform) (*Image, error) {
+	d, stale, err := find(ctx, s, c, full)
 	if err != nil {
 		return nil, err
 	}
 	r := &reader{store: s, client: c, ref: full}
-	if mode == PullNever {
-		r.client = nil
-	}
 	img, err := r.image(ctx, d, p)
 	if err != nil {
 		return nil, err
 	}
 	img.Stale = stale
-	if stale == nil && mode != PullNever {
+	if stale == nil {
 		if err := remember(ctx, s, full, d); err != nil {
 			return nil, err
 		}
@@ -75,18 +71,9 @@ func pull(ctx context.Context, s *layer.Store, c *registry.Client, full string, 
 }
 
 // find says what a reference stands for: now, or, with the reason, when it was last asked.
-func find(ctx context.Context, s *layer.Store, c *registry.Client, full string, mode PullMode) (ocispec.Descriptor, error, error) {
+func find(ctx context.Context, s *layer.Store, c *registry.Client, full string) (ocispec.Descriptor, error, error) {
 	if d := pinned(full); d != "" {
-		if _, err := s.ReadBlob(ctx, d); err == nil || mode != PullNever {
-			return ocispec.Descriptor{Digest: d}, nil, nil
-		}
-	}
-	if mode == PullNever {
-		d, err := last(s, full)
-		if errors.Is(err, fs.ErrNotExist) {
-			err = &registry.Error{Ref: full, Class: registry.NotFound, Text: "not here, and pulling is turned off", Err: err}
-		}
-		return d, nil, err
+		return ocispec.Descriptor{Digest: d}, nil, nil
 	}
 	d, err := c.Resolve(ctx, full)
 	if err == nil {
