@@ -27,9 +27,9 @@ const (
 )
 
 // ChrootLimits says what a step lacks on the ground "chroot".
-const ChrootLimits = "steps see this container's processes and network and are kept in their root by chroot alone; " +
+const ChrootLimits = "steps see the processes, network and host name of this container and are kept in their root by chroot alone; " +
 	"/proc and /sys are a picture without processes, so /proc/self/exe, /dev/stdout, /dev/fd, >(…) and /proc/sys/kernel/random/uuid are missing; " +
-	"RUN --network=none is refused; read-only mounts can be written, which is thrown away; " +
+	"RUN --network=none is refused; read-only mounts can be written, which is thrown away, but not in a cache; a cache is mounted in one step at a time; " +
 	"tmpfs mounts, /dev/shm and secrets are files in the state directory while their step runs, of whatever size"
 
 // chrootWorks says what is missing for the chroot ground.
