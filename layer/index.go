@@ -306,20 +306,6 @@ func (x *index) find(path string) (Entry, bool) {
 	return x.entry(i)
 }
 
-// opaque says whether the layer hides what the layers below have in dir.
-func (x *index) opaque(dir string) bool {
-	for i := x.search(dir); i < x.len(); i++ {
-		p, t := x.head(i)
-		if p != dir {
-			return false
-		}
-		if t == Opaque {
-			return true
-		}
-	}
-	return false
-}
-
 // children yields the entries directly in dir, in order. A directory that is
 // only named as the parent of others comes as an Implied one.
 func (x *index) children(dir string) iter.Seq[Entry] {

@@ -362,3 +362,17 @@ func TestReadFile(t *testing.T) {
 		}
 	}
 }
+
+// opaque says whether the layer hides what the layers below have in dir.
+func (x *index) opaque(dir string) bool {
+	for i := x.search(dir); i < x.len(); i++ {
+		p, t := x.head(i)
+		if p != dir {
+			return false
+		}
+		if t == Opaque {
+			return true
+		}
+	}
+	return false
+}

@@ -477,16 +477,6 @@ func (s *Store) recordMerged(w *walker, top *node, sinks Sinks) (Layer, error) {
 	return writer.Close()
 }
 
-// settleAll reads the files that only their content can tell from what was there.
-func (w *walker) settleAll() error {
-	var hashes errgroup.Group
-	hashes.SetLimit(runtime.GOMAXPROCS(0))
-	for _, d := range w.doubts {
-		hashes.Go(func() error { return w.settle(d) })
-	}
-	return hashes.Wait()
-}
-
 // readEmitted completes the directories that are entries only because of what is in them.
 func (w *walker) readEmitted(top *node) error {
 	var errs error

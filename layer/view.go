@@ -2,7 +2,6 @@ package layer
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"io"
 	"io/fs"
@@ -490,19 +489,8 @@ func (f *viewFile) open() error {
 	if err != nil {
 		return f.error("read", err)
 	}
-	root, err := rootfs.Open(tree)
-	if err != nil {
-		return f.error("read", err)
-	}
-	defer root.Close()
-	f.file, err = root.OpenFile(f.info.e.Path, os.O_RDONLY|unix.O_NOFOLLOW, 0)
-	if err != nil {
-		return f.error("read", err)
-	}
 	// The tree of an image's layer is ours, but whoever owns the disk can change it.
-	if info, err := f.file.Stat(); err != nil || !info.Mode().IsRegular() || info.Size() != f.info.e.Size {
-		err = errors.Join(err, f.file.Close(), errors.New("the unpacked layer does not match its index"))
-		f.file = nil
+	if f.file, err = openIn(tree, f.info.e); err != nil {
 		return f.error("read", err)
 	}
 	return nil

@@ -77,8 +77,7 @@ func (w *walker) walk() (*node, error) {
 		d.Close()
 		return nil, err
 	}
-	workers := runtime.GOMAXPROCS(0)
-	w.group.SetLimit(workers)
+	w.group.SetLimit(runtime.GOMAXPROCS(0))
 	err = w.dir(d, top)
 	if waitErr := w.group.Wait(); err == nil {
 		err = waitErr
@@ -86,12 +85,7 @@ func (w *walker) walk() (*node, error) {
 	if err != nil {
 		return nil, err
 	}
-	var hashes errgroup.Group
-	hashes.SetLimit(workers)
-	for _, d := range w.doubts {
-		hashes.Go(func() error { return w.settle(d) })
-	}
-	return top, hashes.Wait()
+	return top, w.settleAll()
 }
 
 // part is how many files of a directory one goroutine looks at, if there is another one for more.
@@ -331,6 +325,16 @@ func sameAttributes(a, b *Entry) bool {
 		a.Size == b.Size && a.Link == b.Link && a.Major == b.Major && a.Minor == b.Minor &&
 		(a.ModTime == b.ModTime || a.Type == Dir) &&
 		maps.Equal(a.Xattrs, visibleXattrs(b.Xattrs))
+}
+
+// settleAll reads the files that only their content can tell from what was there.
+func (w *walker) settleAll() error {
+	var hashes errgroup.Group
+	hashes.SetLimit(runtime.GOMAXPROCS(0))
+	for _, d := range w.doubts {
+		hashes.Go(func() error { return w.settle(d) })
+	}
+	return hashes.Wait()
 }
 
 // settle reads the file of d.
