@@ -2,7 +2,6 @@ package export
 
 import (
 	"fmt"
-	"maps"
 	"regexp"
 	"strings"
 	"sync"
@@ -125,16 +124,4 @@ func ParseAnnotation(spec string) (map[string]string, error) {
 		attrs[attr] = value
 	}
 	return attrs, nil
-}
-
-// Annotate returns the output with attributes from [ParseAnnotation] added. An attribute that is there already
-// stays; an output that holds no image is returned as it is.
-func (o Output) Annotate(attrs map[string]string) Output {
-	if !o.holdsImage() || len(attrs) == 0 {
-		return o
-	}
-	all := maps.Clone(attrs)
-	maps.Copy(all, o.Attrs)
-	o.Attrs = all
-	return o
 }

@@ -2,7 +2,6 @@ package export
 
 import (
 	"archive/tar"
-	"cmp"
 	"context"
 	"fmt"
 	"io"
@@ -60,7 +59,7 @@ func listing(parts []part) ([]member, error) {
 	if len(parts) == 1 {
 		return all, nil
 	}
-	slices.SortStableFunc(all, func(a, b member) int { return canonical(a.out, b.out) })
+	slices.SortStableFunc(all, func(a, b member) int { return layer.ComparePaths(a.out, b.out) })
 	merged := all[:0]
 	for _, m := range all {
 		if len(merged) == 0 || merged[len(merged)-1].out != m.out {
@@ -86,7 +85,7 @@ func withDocuments(members []member, parts []part, documents [][]document, r Res
 	if added == 0 {
 		return members, nil
 	}
-	slices.SortStableFunc(members, func(a, b member) int { return canonical(a.out, b.out) })
+	slices.SortStableFunc(members, func(a, b member) int { return layer.ComparePaths(a.out, b.out) })
 	for i := range members[1:] {
 		if members[i].out == members[i+1].out {
 			return nil, taken(members[i].out)
@@ -116,23 +115,6 @@ func (p part) list(from, to string, all *[]member) error {
 		}
 	}
 	return nil
-}
-
-// canonical compares paths component by component: '/' sorts below every other byte.
-func canonical(a, b string) int {
-	for i := range min(len(a), len(b)) {
-		if a[i] == b[i] {
-			continue
-		}
-		if a[i] == '/' {
-			return -1
-		}
-		if b[i] == '/' {
-			return 1
-		}
-		return cmp.Compare(a[i], b[i])
-	}
-	return cmp.Compare(len(a), len(b))
 }
 
 func writeTar(ctx context.Context, w io.Writer, members []member, epoch *int64) error {
