@@ -95,15 +95,15 @@ func (a *app) command(args []string) *cobra.Command {
 	cmd.SetErr(a.stderr)
 	cmd.SetUsageTemplate(cmd.UsageTemplate() + environmentHelp)
 	cmd.SetFlagErrorFunc(func(c *cobra.Command, err error) error {
-		if !c.HasParent() && len(args) > 0 && !strings.HasPrefix(args[0], "-") {
-			err = fmt.Errorf("unknown command %q", args[0]) // whose flags are unknown too
+		if !c.HasParent() && c.Flags().NArg() > 0 {
+			err = unknown(c.Flags().Arg(0)) // whose flags are unknown too
 		}
 		return &usageError{c.CommandPath(), err}
 	})
 	help := cmd.HelpFunc()
 	cmd.SetHelpFunc(func(c *cobra.Command, words []string) {
 		if !c.HasParent() && c.Flags().NArg() > 0 { // filo nope --help: cobra takes any help for a success
-			a.misused = &usageError{c.CommandPath(), fmt.Errorf("unknown command %q", c.Flags().Arg(0))}
+			a.misused = &usageError{c.CommandPath(), unknown(c.Flags().Arg(0))}
 			return
 		}
 		help(c, words)
@@ -125,7 +125,7 @@ func helpCommand(root *cobra.Command) *cobra.Command {
 		RunE: func(c *cobra.Command, args []string) error {
 			of, rest, err := root.Find(args)
 			if err == nil && len(rest) > 0 {
-				err = fmt.Errorf("unknown command %q", strings.Join(args, " "))
+				err = unknown(strings.Join(args, " "))
 			}
 			if err != nil {
 				return &usageError{root.CommandPath(), err}
@@ -148,6 +148,15 @@ func (e *usageError) Error() string {
 
 func (e *usageError) Unwrap() error { return e.err }
 
+// unknown is the error of a word that is no command.
+func unknown(word string) error {
+	hint := ""
+	if word == "bake" {
+		hint = ": run `filo build` for each target; `docker buildx bake --print` shows what to say with its flags"
+	}
+	return fmt.Errorf("unknown command %q%s", word, hint)
+}
+
 // exactly accepts n arguments.
 func exactly(n int) cobra.PositionalArgs { return between(n, n) }
 
@@ -155,7 +164,7 @@ func exactly(n int) cobra.PositionalArgs { return between(n, n) }
 func between(least, most int) cobra.PositionalArgs {
 	return func(cmd *cobra.Command, args []string) error {
 		if !cmd.HasParent() && len(args) > 0 {
-			return &usageError{cmd.CommandPath(), fmt.Errorf("unknown command %q", args[0])}
+			return &usageError{cmd.CommandPath(), unknown(args[0])}
 		}
 		if len(args) >= least && (most < 0 || len(args) <= most) {
 			return nil
