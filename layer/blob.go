@@ -212,14 +212,14 @@ func (s *Store) blobFromTree(ctx context.Context, l Layer, c Compression, tree s
 	}
 	err = s.rebuild(ctx, l, Sinks{Blob: &c}, x, tree)
 	if tree == s.treePath(l) && (errors.Is(err, errDamagedTree) || errors.Is(err, fs.ErrNotExist)) {
-		s.repaired("tree of layer %s", l.DiffID)
 		err = errors.Join(err, s.loseTree(l))
 	}
 	return err
 }
 
-// loseTree removes the tree of l.
+// loseTree removes the tree of l, which is damaged.
 func (s *Store) loseTree(l Layer) error {
+	s.repaired("tree of layer %s", l.DiffID)
 	dir, err := s.Temp("lost-")
 	if err != nil {
 		return err

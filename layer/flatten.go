@@ -163,7 +163,6 @@ func (s *Store) loseDamaged(ctx context.Context, layers []Layer, indexes []*inde
 	for i, l := range layers {
 		check := treeCheck{dir: s.treePath(l), x: indexes[i], single: s.single, deep: true}
 		if check.run(ctx) != nil && ctx.Err() == nil {
-			s.repaired("tree of layer %s", l.DiffID)
 			lost = s.loseTree(l) == nil || lost
 		}
 	}
