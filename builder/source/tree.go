@@ -51,8 +51,8 @@ func newSpool(dir string) (*os.File, error) {
 }
 
 func newTree(spool *os.File) *tree {
-	t := &tree{spool: spool}
-	t.root = t.newDir()
+	t := &tree{spool: spool, root: newDir(), last: 1}
+	t.root.stat.Ino = t.last
 	return t
 }
 
@@ -64,11 +64,8 @@ func oneFile(spool *os.File, name string, st rootfs.Stat) *tree {
 	return t
 }
 
-func (t *tree) newDir() *node {
-	n := &node{stat: rootfs.Stat{Mode: modeDir | 0o755, Nlink: 1}, children: map[string]*node{}}
-	t.last++
-	n.stat.Ino = t.last
-	return n
+func newDir() *node {
+	return &node{stat: rootfs.Stat{Mode: modeDir | 0o755, Nlink: 1}, children: map[string]*node{}}
 }
 
 func (t *tree) put(dir *node, name string, n *node) {
@@ -119,7 +116,7 @@ func (w *walker) step(name string) error {
 		if !w.make {
 			return fs.ErrNotExist
 		}
-		n = w.t.newDir()
+		n = newDir()
 		w.t.put(w.at(), name, n)
 	}
 	switch {
