@@ -73,11 +73,9 @@ func (a accounts) lookup(spec string) (account, error) {
 		return account{}, fmt.Errorf("USER %s: %w", spec, err)
 	}
 	home := a.home(u.Uid)
-	groups := u.Sgids
-	if !slices.Contains(groups, u.Gid) { // as runc does; id(1) shows it
-		groups = append(groups, u.Gid)
-	}
-	return account{owner{u.Uid, u.Gid}, groups, home}, nil
+	groups := append(u.Sgids, u.Gid) // as runc does; id(1) shows it
+	slices.Sort(groups)
+	return account{owner{u.Uid, u.Gid}, slices.Compact(groups), home}, nil
 }
 
 // home returns the home of the first user with this number, whatever name it was asked for by.

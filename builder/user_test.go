@@ -1,13 +1,14 @@
 package builder
 
 import (
+	"slices"
 	"testing"
 )
 
 func TestAccounts(t *testing.T) {
 	a := accounts{
 		passwd: []byte("root:x:0:0:root:/root:/bin/sh\napp:x:1000:1001::/home/app:\nalias:x:1000:5::/elsewhere:\nnohome:x:7:8\n"),
-		group:  []byte("root:x:0:\nvideo:x:44:app\n"),
+		group:  []byte("root:x:0:\nvideo:x:44:app\ntv:x:44:app\naudio:x:29:app\n"),
 	}
 	for _, c := range []struct {
 		spec string
@@ -36,6 +37,10 @@ func TestAccounts(t *testing.T) {
 		if got := a.maker(c.spec); got != c.dir {
 			t.Errorf("%q: directories belong to %v, want %v", c.spec, got, c.dir)
 		}
+	}
+	who, err := a.lookup("app")
+	if want := []int{29, 44, 1001}; err != nil || !slices.Equal(who.groups, want) {
+		t.Errorf("app: groups %v, %v, want %v: each once", who.groups, err, want)
 	}
 	for spec, want := range map[string]owner{"nobody": {0, 0}, "app:nogroup": {1000, 1001}} {
 		if _, err := a.lookup(spec); err == nil {
