@@ -622,6 +622,13 @@ func TestRunWrites(t *testing.T) {
 	if got := b.must(p); got != "/made/here\n" {
 		t.Errorf("made working directory: got %q", got)
 	}
+	p.Dir = "/by/way/../../of/../here"
+	if got := b.must(p); got != "/here\n" {
+		t.Errorf("working directory with ..: got %q", got)
+	}
+	if got, want := b.upper(), []string{"by", "by/way", "here", "made", "made/here", "of", "tmp", "tmp/x"}; !slices.Equal(got, want) {
+		t.Errorf("upper: got %q, want %q", got, want)
+	}
 }
 
 func TestRunReadOnlyRoot(t *testing.T) {

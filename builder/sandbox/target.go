@@ -1,6 +1,7 @@
 package sandbox
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"os"
@@ -193,7 +194,8 @@ func create(parent int, name string, dir bool) error {
 
 // workingDirectory opens the directory the process starts in. As in other
 // builders it is made if it is missing, in the root itself, and belongs to the
-// process's user. A ".." after a symlink counts from where that leads.
+// process's user. A ".." after a symlink counts from where that leads; what is missing
+// before one is made as well, root's, as runc does.
 func workingDirectory(name string, uid, gid int) (int, error) {
 	root, err := unix.Open("/", unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 	if err != nil {
@@ -202,7 +204,21 @@ func workingDirectory(name string, uid, gid int) (int, error) {
 	if fd, err := openIn(root, name, unix.O_DIRECTORY); err == nil {
 		return fd, nil
 	}
-	return directory(root, path.Clean("/"+name), uid, gid)
+	dir, err := directory(root, path.Clean("/"+name), uid, gid)
+	if err != nil {
+		return -1, err
+	}
+	for i := range name {
+		if !strings.HasPrefix(name[i:], "/..") {
+			continue
+		}
+		through, err := directory(root, cmp.Or(name[:i], "/"), 0, 0)
+		if err != nil {
+			return -1, err
+		}
+		unix.Close(through)
+	}
+	return dir, nil
 }
 
 func directory(root int, name string, uid, gid int) (int, error) {
