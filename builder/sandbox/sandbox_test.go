@@ -842,6 +842,8 @@ func TestRunCannotStart(t *testing.T) {
 		{"no command", func(p *Process) { p.Args = nil }, nil},
 		{"target /", func(p *Process) { p.Mounts = []Mount{{Type: Tmpfs, Target: "/"}} }, nil},
 		{"missing target", func(p *Process) { p.Mounts = []Mount{{Type: Tmpfs, Target: "/nope"}} }, fs.ErrNotExist},
+		{"directory on a file", func(p *Process) { p.Mounts = []Mount{{Type: Tmpfs, Target: "/bin/inside"}} }, syscall.ENOTDIR},
+		{"file on a directory", func(p *Process) { p.Mounts = []Mount{{Type: Data, Target: "/tmp"}} }, syscall.EISDIR},
 		{"missing source", func(p *Process) { p.Mounts = []Mount{{Type: Bind, Source: b.dir + "/nope", Target: "/tmp"}} }, fs.ErrNotExist},
 		{"network", func(p *Process) { p.Network = "mynet" }, nil},
 		{"directory is a file", func(p *Process) { p.Dir = "/bin/inside/x" }, syscall.ENOTDIR},

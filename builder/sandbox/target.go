@@ -142,7 +142,9 @@ func (in *inside) place(ps []placement) error {
 			continue
 		}
 		if err == nil {
-			err = attach(p.mount, fd)
+			if err = p.fits(fd); err == nil {
+				err = attach(p.mount, fd)
+			}
 			unix.Close(fd)
 		}
 		if err != nil {
@@ -151,6 +153,17 @@ func (in *inside) place(ps []placement) error {
 		unix.Close(p.mount)
 	}
 	return nil
+}
+
+// fits says what is wrong with a mount point, of which the kernel would say that something is invalid.
+func (p placement) fits(point int) error {
+	switch {
+	case isDirectory(point) == p.dir:
+		return nil
+	case p.dir:
+		return &cause{text: "it is a file, and what is mounted on it a directory", errno: unix.ENOTDIR}
+	}
+	return &cause{text: "it is a directory, and what is mounted on it a file", errno: unix.EISDIR}
 }
 
 // target opens a mount point, and makes it if it lies inside a mount: what is
