@@ -355,8 +355,15 @@ func TestOCIDir(t *testing.T) {
 	image1 := Result{Images: []*image.Image{built(amd64, e.layer(t, reg("a", "x")))}, Names: []string{"a:1"}}
 	image2 := Result{Images: []*image.Image{built(amd64, e.layer(t, reg("b", "y")))}, Names: []string{"a:2"}}
 	e.write(t, spec, image1)
+	killed := filepath.Join(out, "blobs", "sha256", ".filo-XYZ") // an export that was killed
+	if err := os.WriteFile(killed, []byte("half"), 0o644); err != nil {
+		t.Fatal(err)
+	}
 	e.write(t, spec, image2)
 	e.write(t, spec, image2)
+	if _, err := os.Lstat(killed); err == nil {
+		t.Error("what a killed export left is still there")
+	}
 	if idx := checkLayoutOf(t, out); len(idx.Manifests) != 2 {
 		t.Errorf("index.json = %+v", idx.Manifests)
 	}

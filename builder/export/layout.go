@@ -14,6 +14,7 @@ import (
 	"path"
 	"path/filepath"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/gofrs/flock"
@@ -169,6 +170,7 @@ func (e Exporter) layoutDir(ctx context.Context, dir string, p plan, root ocispe
 		return fmt.Errorf("lock %s: %w", dir, err)
 	}
 	defer lock.Close()
+	sweep(filepath.Join(dir, "blobs", "sha256"))
 	blobs := slices.Concat(g.Blobs, g.Documents)
 	if err := e.Store.Durable(ctx, digests(blobs)...); err != nil { // links share what they link to
 		return err
@@ -212,6 +214,16 @@ func (e Exporter) layoutDir(ctx context.Context, dir string, p plan, root ocispe
 		err = syncAll(dir)
 	}
 	return err
+}
+
+// sweep removes what exports that were killed left half-written in a directory. Nobody else writes to it meanwhile.
+func sweep(dir string) {
+	list, _ := os.ReadDir(dir) // what can't be listed stays
+	for _, f := range list {
+		if strings.HasPrefix(f.Name(), unfinished) {
+			_ = os.Remove(filepath.Join(dir, f.Name()))
+		}
+	}
 }
 
 func digests(list []ocispec.Descriptor) []digest.Digest {
@@ -399,7 +411,10 @@ func renamed(tmp, name string) error {
 	return err
 }
 
+// unfinished is what names of files begin with that are not complete.
+const unfinished = ".filo-"
+
 // beside returns a name in the directory of name that nothing has.
 func beside(name string) string {
-	return filepath.Join(filepath.Dir(name), ".filo-"+rand.Text())
+	return filepath.Join(filepath.Dir(name), unfinished+rand.Text())
 }

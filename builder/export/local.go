@@ -378,7 +378,7 @@ func (w *localWriter) clear(d *rootfs.Dir, name string) error {
 func (w *localWriter) temp(d *rootfs.Dir) (string, error) {
 	for {
 		w.temps++
-		name := ".filo-" + strconv.Itoa(os.Getpid()) + "-" + strconv.Itoa(w.temps)
+		name := unfinished + strconv.Itoa(os.Getpid()) + "-" + strconv.Itoa(w.temps)
 		_, err := d.Lstat(name)
 		if errors.Is(err, fs.ErrNotExist) {
 			return name, nil
