@@ -11,6 +11,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/gofrs/flock"
@@ -25,12 +26,13 @@ type localPlace struct {
 	tag    string
 	digest digest.Digest // read this manifest, whatever the tag
 	reset  bool
+	now    func() time.Time
 	wrapping
 }
 
-func newLocalPlace(s Spec) (*localPlace, error) {
+func newLocalPlace(o Options, s Spec) (*localPlace, error) {
 	p := &localPlace{
-		dir: s.Text, tag: cmp.Or(s.attrs["tag"], "latest"), digest: digest.Digest(s.attrs["digest"]), reset: s.reset,
+		dir: s.Text, tag: cmp.Or(s.attrs["tag"], "latest"), digest: digest.Digest(s.attrs["digest"]), reset: s.reset, now: o.Now,
 		wrapping: wrapping{s.imageManifest, s.ociTypes},
 	}
 	if p.digest != "" && !valid(p.digest) {
@@ -167,7 +169,7 @@ func replace(path string, r io.Reader) error {
 	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
 		return err
 	}
-	f, err := os.CreateTemp(filepath.Dir(path), ".new-")
+	f, err := os.CreateTemp(filepath.Dir(path), unfinished)
 	if err != nil {
 		return err
 	}
@@ -177,6 +179,25 @@ func replace(path string, r io.Reader) error {
 		return err
 	}
 	return os.Rename(f.Name(), path)
+}
+
+// unfinished is what names of files begin with that are not complete. One that nobody wrote to for longer than abandoned is
+// of a process that was killed.
+const (
+	unfinished = ".new-"
+	abandoned  = 24 * time.Hour
+)
+
+// sweep removes what is abandoned.
+func (p *localPlace) sweep() {
+	dir := filepath.Join(p.dir, "blobs", "sha256")
+	list, _ := os.ReadDir(dir) // what can't be listed stays
+	for _, f := range list {
+		info, err := f.Info()
+		if err == nil && strings.HasPrefix(f.Name(), unfinished) && p.now().Sub(info.ModTime()) > abandoned {
+			_ = os.Remove(filepath.Join(dir, f.Name()))
+		}
+	}
 }
 
 // lockPause is how often a lock that another process holds is tried.
@@ -215,6 +236,7 @@ func (p *localPlace) write(ctx context.Context, x *index, version string) error 
 	if err := p.putLayout(idx); err != nil {
 		return err
 	}
+	p.sweep()
 	if !p.reset {
 		return nil
 	}

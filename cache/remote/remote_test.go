@@ -445,6 +445,24 @@ func TestLocalTags(t *testing.T) {
 	}
 }
 
+// What an export that was killed left is removed a day later; until then it may be of one that goes on.
+func TestLocalSweeps(t *testing.T) {
+	dir := t.TempDir()
+	r := newRunner(t)
+	r.export(r.open(nil, []string{"type=local,dest=" + dir}), r.make("one", "1", true))
+	for name, age := range map[string]time.Duration{"old": 25 * time.Hour, "young": 23 * time.Hour} {
+		file := filepath.Join(dir, "blobs", "sha256", unfinished+name)
+		if err := errors.Join(os.WriteFile(file, nil, 0o600), os.Chtimes(file, r.now.Add(-age), r.now.Add(-age))); err != nil {
+			t.Fatal(err)
+		}
+	}
+	r.export(r.open(nil, []string{"type=local,dest=" + dir}), r.make("two", "2", true))
+	left, err := filepath.Glob(filepath.Join(dir, "blobs", "sha256", unfinished+"*"))
+	if err != nil || len(left) != 1 || filepath.Base(left[0]) != unfinished+"young" {
+		t.Errorf("left is %q, %v", left, err)
+	}
+}
+
 // A layer that a record promises and the place does not have, or has with other bytes, is forgotten.
 func TestForget(t *testing.T) {
 	for name, spoil := range map[string]func(path string) error{
