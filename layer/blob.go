@@ -98,7 +98,7 @@ func (s *Store) Blob(ctx context.Context, l Layer, c Compression, force bool) (o
 		s.mu.Lock()
 		s.blobs[asked] = d
 		s.mu.Unlock()
-		return d, s.noteTwin(ctx, d)
+		return d, s.noteTwin(ctx, l, d)
 	}
 	unlock, err := s.Lock(ctx, "blob "+l.DiffID.String())
 	if err != nil {
@@ -437,15 +437,16 @@ func (s *Store) putLayerBlob(ctx context.Context, l Layer, file string, b stored
 	} else if err := os.Remove(file); err != nil {
 		return err
 	}
-	if err := s.noteTwin(ctx, b.Descriptor); err != nil {
+	if err := s.noteBlob(ctx, l, b); err != nil {
 		return err
 	}
-	return s.noteBlob(ctx, l, b)
+	return s.noteTwin(ctx, l, b.Descriptor)
 }
 
-// noteTwin notes a stored eStargz blob for the layer that images name for it,
-// so that such an image can be read again.
-func (s *Store) noteTwin(ctx context.Context, d ocispec.Descriptor) error {
+// noteTwin notes an eStargz blob of l for the layer that images name for it,
+// so that such an image can be read again. What is only promised may say what
+// it likes.
+func (s *Store) noteTwin(ctx context.Context, l Layer, d ocispec.Descriptor) error {
 	twin := Layer{digest.Digest(d.Annotations[AnnotationDiffID])}
 	if twin.DiffID == "" {
 		return nil
@@ -453,8 +454,8 @@ func (s *Store) noteTwin(ctx context.Context, d ocispec.Descriptor) error {
 	if err := checkDigest(twin.DiffID); err != nil {
 		return err
 	}
-	if _, err := os.Lstat(s.blobPath(d.Digest)); err != nil {
-		return nil // only promised
+	if !slices.ContainsFunc(s.storedBlobs(l), func(b storedBlob) bool { return b.Descriptor.Digest == d.Digest }) {
+		return nil
 	}
 	d.Annotations = ManifestAnnotations(d)
 	return s.noteBlob(ctx, twin, storedBlob{Algorithm: EStargz, Descriptor: d})

@@ -6,6 +6,7 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"maps"
 	"os"
 	"path/filepath"
 	"reflect"
@@ -126,6 +127,46 @@ func TestEStargzPromised(t *testing.T) {
 	if got, err = s.Blob(t.Context(), twin, Compression{Algorithm: Zstd}, true); err != nil || got.MediaType != ocispec.MediaTypeImageLayerZstd || got.Annotations != nil {
 		t.Errorf("zstd of a base: %v, %v", got, err)
 	}
+}
+
+// TestEStargzWrongTwin has a promised blob say that it is one of another layer as well, before it is here and after.
+func TestEStargzWrongTwin(t *testing.T) {
+	l, d, data := estargzBlob(t, newStore(t))
+	s := newStore(t)
+	victim := buildLayer(t, s, Sinks{Tree: true}, []item{regular("a", "text")})
+	honest := d
+	d.Annotations = maps.Clone(d.Annotations)
+	d.Annotations[AnnotationDiffID] = victim.DiffID.String()
+	open := func(context.Context) (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(data)), nil }
+	s.Promise(l, d, open)
+	if v, err := s.View(t.Context(), []Layer{l}); err == nil {
+		t.Errorf("a lie was believed: %v", v)
+	}
+	honest.Annotations = ManifestAnnotations(d)
+	s.Promise(Layer{estargzTwin(t, data)}, honest, open)
+	r, _, err := s.OpenBlob(t.Context(), d.Digest)
+	if err != nil {
+		t.Fatal(err)
+	}
+	r.Close()
+	_, _ = s.Blob(t.Context(), l, Compression{Algorithm: EStargz}, true)
+	if got, err := s.Blob(t.Context(), victim, Compression{}, false); err != nil || got.Digest == d.Digest {
+		t.Errorf("blob of another layer: %v, %v", got, err)
+	}
+}
+
+// estargzTwin is the layer that images name for a blob.
+func estargzTwin(t *testing.T, data []byte) digest.Digest {
+	t.Helper()
+	z, err := gzip.NewReader(bytes.NewReader(data))
+	if err != nil {
+		t.Fatal(err)
+	}
+	d, err := digest.FromReader(z)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return d
 }
 
 // An offset that is a lie makes another layer of the blob, which is noticed.

@@ -221,6 +221,9 @@ func (s *Store) obtainBlob(ctx context.Context, l Layer, n need, o origin, dir s
 	if sum := digest.NewDigest(digest.SHA256, u.diff); sum != l.DiffID {
 		return fmt.Errorf("blob %s: holds the layer %s", o.desc.Digest, sum)
 	}
+	if err := u.checkTwin(); err != nil {
+		return err
+	}
 	return s.putUnpacked(ctx, l, n, u, dir)
 }
 
@@ -299,6 +302,31 @@ func (u *unpacking) readTar(in io.Reader) error {
 	}
 	src.Close()
 	return err
+}
+
+// checkTwin reads a fetched blob of which images name another layer than ours once more, with what follows the layer: it is
+// noted for that one as well, see [Store.noteTwin].
+func (u *unpacking) checkTwin() error {
+	twin := u.desc.Annotations[AnnotationDiffID]
+	if u.blob == nil || twin == "" || !isEStargz(u.desc) {
+		return nil
+	}
+	if _, err := u.blob.Seek(0, io.SeekStart); err != nil {
+		return err
+	}
+	src, _, err := decompressor(newVerifier(u.ctx, u.blob, u.desc.Digest, u.desc.Size))
+	if err != nil {
+		return err
+	}
+	defer src.Close()
+	all := sha256.New()
+	if _, err := io.CopyBuffer(all, onlyReader{src}, make([]byte, copyBuffer)); err != nil {
+		return err
+	}
+	if sum := digest.NewDigest(digest.SHA256, all); sum.String() != twin {
+		return fmt.Errorf("blob %s: unpacks to %s, not %s", u.desc.Digest, sum, twin)
+	}
+	return nil
 }
 
 // watched tells of each read.
