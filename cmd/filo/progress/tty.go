@@ -86,8 +86,8 @@ func newlines(b []byte) []byte {
 // window returns the small terminal of a running step.
 func (t *tty) window(v *vertex) *vt100.VT100 {
 	if t.terms[v] == nil {
-		width, _ := t.size()
-		t.terms[v] = vt100.NewVT100(t.logLines, max(width-ttyMargin, 1))
+		width, height := t.size()
+		t.terms[v] = vt100.NewVT100(max(min(t.logLines, height), 1), max(width-ttyMargin, 1))
 	}
 	return t.terms[v]
 }

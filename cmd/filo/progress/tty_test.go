@@ -117,7 +117,7 @@ func TestTTYSmallTerminal(t *testing.T) {
 // TestTTYSurvivesForeignOutput feeds what programs print: it must neither panic nor leave the window.
 func TestTTYSurvivesForeignOutput(t *testing.T) {
 	size := func() (int, int) { return 20, 10 }
-	d, out, c := display(t, Options{Mode: TTY, Size: size})
+	d, out, c := display(t, Options{Mode: TTY, Size: size, LogLines: 1 << 30}) // more than fit in memory
 	d.Emit(started(1, "a\x1b[2Jb"))
 	for _, s := range []string{"\x1b[999;999H", "\x1b[2J", "\x1b[A\x1b[A\x1b[A", "\xff\xfe", "\x1b", "[", "\x1b]0;title\a", strings.Repeat("é", 100), "\b\b\b", "\t\t\t\t", "\x1b[38;5;1mx\x1b[0m\n"} {
 		d.Emit(log(1, 1, s))
