@@ -26,13 +26,12 @@ type localPlace struct {
 	tag    string
 	digest digest.Digest // read this manifest, whatever the tag
 	reset  bool
-	now    func() time.Time
 	wrapping
 }
 
-func newLocalPlace(o Options, s Spec) (*localPlace, error) {
+func newLocalPlace(s Spec) (*localPlace, error) {
 	p := &localPlace{
-		dir: s.Text, tag: cmp.Or(s.attrs["tag"], "latest"), digest: digest.Digest(s.attrs["digest"]), reset: s.reset, now: o.Now,
+		dir: s.Text, tag: cmp.Or(s.attrs["tag"], "latest"), digest: digest.Digest(s.attrs["digest"]), reset: s.reset,
 		wrapping: wrapping{s.imageManifest, s.ociTypes},
 	}
 	if p.digest != "" && !valid(p.digest) {
@@ -188,13 +187,18 @@ const (
 	abandoned  = 24 * time.Hour
 )
 
-// sweep removes what is abandoned.
+// sweep removes what is abandoned, by the clock of the file system, which has just written index.json: every machine that
+// exports to it may have another time.
 func (p *localPlace) sweep() {
+	now, err := os.Stat(filepath.Join(p.dir, "index.json"))
+	if err != nil {
+		return
+	}
 	dir := filepath.Join(p.dir, "blobs", "sha256")
 	list, _ := os.ReadDir(dir) // what can't be listed stays
 	for _, f := range list {
 		info, err := f.Info()
-		if err == nil && strings.HasPrefix(f.Name(), unfinished) && p.now().Sub(info.ModTime()) > abandoned {
+		if err == nil && strings.HasPrefix(f.Name(), unfinished) && now.ModTime().Sub(info.ModTime()) > abandoned {
 			_ = os.Remove(filepath.Join(dir, f.Name()))
 		}
 	}

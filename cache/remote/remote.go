@@ -143,7 +143,7 @@ func (c *Cache) place(s Spec, written bool) (place, error) {
 	case kindRegistry:
 		return newRegistryPlace(c.o, s, written)
 	case kindLocal:
-		return newLocalPlace(c.o, s)
+		return newLocalPlace(s)
 	case kindS3:
 		return newBucket(c.o, s, registry.Stillness)
 	}

@@ -452,7 +452,8 @@ func TestLocalSweeps(t *testing.T) {
 	r.export(r.open(nil, []string{"type=local,dest=" + dir}), r.make("one", "1", true))
 	for name, age := range map[string]time.Duration{"old": 25 * time.Hour, "young": 23 * time.Hour} {
 		file := filepath.Join(dir, "blobs", "sha256", unfinished+name)
-		if err := errors.Join(os.WriteFile(file, nil, 0o600), os.Chtimes(file, r.now.Add(-age), r.now.Add(-age))); err != nil {
+		then := time.Now().Add(-age)
+		if err := errors.Join(os.WriteFile(file, nil, 0o600), os.Chtimes(file, then, then)); err != nil {
 			t.Fatal(err)
 		}
 	}
