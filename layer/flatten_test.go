@@ -368,23 +368,23 @@ func TestFlatDamaged(t *testing.T) {
 			return wrongs["flipped"](filepath.Join(s.layerDir(flat), "index"))
 		}},
 		"killed before the index": {hurt: func(_ *testing.T, s *Store, flat Layer, record string) error {
-			return errors.Join(os.Remove(record), os.Remove(filepath.Join(s.layerDir(flat), "index")), os.Remove(filepath.Join(s.layerDir(flat), "tree.json")))
+			return errors.Join(os.Remove(record), os.Remove(filepath.Join(s.layerDir(flat), "index")), os.Remove(s.treePath(flat)+".json"))
 		}},
 		"killed, and the disk lost a file": {told: "tree of layer", late: true, hurt: func(_ *testing.T, s *Store, flat Layer, record string) error {
-			return errors.Join(os.Remove(record), os.Remove(filepath.Join(s.layerDir(flat), "tree.json")),
+			return errors.Join(os.Remove(record), os.Remove(s.treePath(flat)+".json"),
 				os.Truncate(filepath.Join(s.treePath(flat), "d", "f"), 0))
 		}},
 		"another boot": {hurt: func(_ *testing.T, s *Store, flat Layer, _ string) error {
 			made := s.treeOrigin()
 			made.Boot = "before"
 			data, err := json.Marshal(made)
-			return errors.Join(err, os.WriteFile(filepath.Join(s.layerDir(flat), "tree.json"), data, 0o644))
+			return errors.Join(err, os.WriteFile(s.treePath(flat)+".json", data, 0o644))
 		}},
 		"another boot, and the disk lost bytes": {told: "tree of layer", hurt: func(t *testing.T, s *Store, flat Layer, _ string) error {
 			made := s.treeOrigin()
 			made.Boot = "before"
 			data, err := json.Marshal(made)
-			return errors.Join(err, os.WriteFile(filepath.Join(s.layerDir(flat), "tree.json"), data, 0o644),
+			return errors.Join(err, os.WriteFile(s.treePath(flat)+".json", data, 0o644),
 				wrongs["flipped, and no time tells"](filepath.Join(s.treePath(flat), "d", "f")))
 		}},
 	} {

@@ -329,7 +329,8 @@ func (b *bounds) explain(p Process, err error) error {
 	return err
 }
 
-// close removes the cgroups. The kernel takes its time to see that the last process has gone.
+// close removes the cgroups, and once more what dead filos left: when these here were made, their launchers may not have
+// been dead yet. The kernel takes its time to see that the last process has gone.
 func (b *bounds) close() error {
 	if b == nil {
 		return nil
@@ -344,6 +345,7 @@ func (b *bounds) close() error {
 		if err != nil && !errors.Is(err, unix.ENOENT) {
 			errs = append(errs, wrap("remove", dir, err))
 		}
+		sweepCgroups(path.Dir(dir))
 	}
 	b.dirs = nil
 	return errors.Join(errs...)
