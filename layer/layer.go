@@ -221,10 +221,8 @@ func (s *Store) putNew(name, text string) error {
 
 // makeTemp makes and locks this process's directory below tmp/.
 func (s *Store) makeTemp() error {
-	all := filepath.Join(s.dir, "tmp")
-	spread(all)
 	for {
-		dir, err := os.MkdirTemp(all, "process-")
+		dir, err := makeQuick(filepath.Join(s.dir, "tmp"), "process-")
 		if err != nil {
 			return err
 		}

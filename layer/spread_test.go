@@ -15,6 +15,12 @@ func TestSpread(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer f.Close()
+	if all, err := f.Readdirnames(-1); err != nil || len(all) != 1 {
+		t.Errorf("places that were looked at are left: %q, %v", all, err)
+	}
+	if all, err := os.ReadDir(s.TempDir()); err != nil || len(all) != 0 {
+		t.Errorf("files are left: %v, %v", all, err)
+	}
 	var st unix.Statfs_t
 	if err := unix.Fstatfs(int(f.Fd()), &st); err != nil {
 		t.Fatal(err)

@@ -16,6 +16,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -348,6 +349,32 @@ func TestOCITar(t *testing.T) {
 	}
 }
 
+// TestOCIDirElsewhere exports to another file system, where blobs are copied, after an export that was killed.
+func TestOCIDirElsewhere(t *testing.T) {
+	e := newExporter(t)
+	const memory = "/dev/shm"
+	out, err := os.MkdirTemp(memory, "filo-test-")
+	if err != nil {
+		t.Skip(err)
+	}
+	defer os.RemoveAll(out)
+	probe := filepath.Join(out, "probe")
+	if err := os.Link(filepath.Join(e.Store.Dir(), "oci-layout"), probe); !errors.Is(err, syscall.EXDEV) {
+		t.Skipf("%s is not a file system of its own: %v", memory, err)
+	}
+	killed := filepath.Join(out, "blobs", "sha256", unfinished+"XYZ")
+	if err := errors.Join(os.MkdirAll(filepath.Dir(killed), 0o755), os.WriteFile(killed, []byte("half"), 0o644)); err != nil {
+		t.Fatal(err)
+	}
+	x := e.write(t, "type=oci,tar=false,dest="+out, Result{Images: []*image.Image{built(amd64, e.layer(t, reg("a", "x")))}})
+	if idx := checkLayoutOf(t, out); len(idx.Manifests) != 1 || idx.Manifests[0].Digest != x.Descriptor.Digest {
+		t.Errorf("index.json = %+v", idx.Manifests)
+	}
+	if _, err := os.Lstat(killed); err == nil {
+		t.Error("what a killed export left is still there")
+	}
+}
+
 func TestOCIDir(t *testing.T) {
 	e := newExporter(t)
 	out := filepath.Join(t.TempDir(), "a", "layout")
@@ -355,15 +382,8 @@ func TestOCIDir(t *testing.T) {
 	image1 := Result{Images: []*image.Image{built(amd64, e.layer(t, reg("a", "x")))}, Names: []string{"a:1"}}
 	image2 := Result{Images: []*image.Image{built(amd64, e.layer(t, reg("b", "y")))}, Names: []string{"a:2"}}
 	e.write(t, spec, image1)
-	killed := filepath.Join(out, "blobs", "sha256", ".filo-XYZ") // an export that was killed
-	if err := os.WriteFile(killed, []byte("half"), 0o644); err != nil {
-		t.Fatal(err)
-	}
 	e.write(t, spec, image2)
 	e.write(t, spec, image2)
-	if _, err := os.Lstat(killed); err == nil {
-		t.Error("what a killed export left is still there")
-	}
 	if idx := checkLayoutOf(t, out); len(idx.Manifests) != 2 {
 		t.Errorf("index.json = %+v", idx.Manifests)
 	}

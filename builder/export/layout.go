@@ -170,7 +170,6 @@ func (e Exporter) layoutDir(ctx context.Context, dir string, p plan, root ocispe
 		return fmt.Errorf("lock %s: %w", dir, err)
 	}
 	defer lock.Close()
-	sweep(filepath.Join(dir, "blobs", "sha256"))
 	blobs := slices.Concat(g.Blobs, g.Documents)
 	if err := e.Store.Durable(ctx, digests(blobs)...); err != nil { // links share what they link to
 		return err
@@ -216,7 +215,8 @@ func (e Exporter) layoutDir(ctx context.Context, dir string, p plan, root ocispe
 	return err
 }
 
-// sweep removes what exports that were killed left half-written in a directory. Nobody else writes to it meanwhile.
+// sweep removes what exports that were killed left half-written in a directory. Nobody else writes to it meanwhile. Where
+// blobs are linked nothing is left, and to list them all would take longer than the export.
 func sweep(dir string) {
 	list, _ := os.ReadDir(dir) // what can't be listed stays
 	for _, f := range list {
@@ -298,6 +298,7 @@ func (e Exporter) blobFile(ctx context.Context, dir string, d ocispec.Descriptor
 			return renamed(tmp, to)
 		}
 	}
+	sweep(filepath.Dir(to))
 	return replaceFile(to, func(w io.Writer) error { return e.into(ctx, w, d) })
 }
 

@@ -197,8 +197,10 @@ func (p *localPlace) sweep() {
 	dir := filepath.Join(p.dir, "blobs", "sha256")
 	list, _ := os.ReadDir(dir) // what can't be listed stays
 	for _, f := range list {
-		info, err := f.Info()
-		if err == nil && strings.HasPrefix(f.Name(), unfinished) && now.ModTime().Sub(info.ModTime()) > abandoned {
+		if !strings.HasPrefix(f.Name(), unfinished) {
+			continue
+		}
+		if info, err := f.Info(); err == nil && now.ModTime().Sub(info.ModTime()) > abandoned {
 			_ = os.Remove(filepath.Join(dir, f.Name()))
 		}
 	}
