@@ -14,7 +14,7 @@ import (
 
 const (
 	tries = 4       // places that are looked at
-	quick = 150_000 // nanoseconds of the processor that a file takes at most in a good one; 15,000 to 50,000 are usual
+	quick = 150_000 // nanoseconds of the processor that a file takes at most in a good one; 20,000 to 100,000 are usual
 )
 
 // makeQuick makes a directory in dir like os.MkdirTemp, where files are made quickly if there is such a place.
