@@ -205,5 +205,8 @@ func redact(ref string) string {
 		}
 		return ref
 	}
+	if u.User == nil { // as it was written
+		return ref
+	}
 	return u.Redacted()
 }

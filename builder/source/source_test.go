@@ -195,6 +195,7 @@ func TestIsURL(t *testing.T) {
 func TestRedact(t *testing.T) {
 	for in, want := range map[string]string{
 		"https://u:secret@h/p": "https://u:xxxxx@h/p", "https://h/p": "https://h/p", "https://u:se cret@h/p": "https://xxxxx@h/p", "git@h:o/r": "git@h:o/r",
+		"a dir": "a dir",
 	} {
 		if got := redact(in); got != want {
 			t.Errorf("redact(%q) = %q, want %q", in, got, want)
