@@ -477,7 +477,7 @@ func (w *walk) fromFiles(ctx context.Context, of *layered, r *stageRun) error {
 
 // isFresh reports whether the steps of s are done whatever the cache has.
 func (w *walk) isFresh(s *dockerfile.Stage) bool {
-	return w.req.NoCache || slices.ContainsFunc(w.req.NoCacheFilter, func(name string) bool { return strings.EqualFold(name, s.Name) })
+	return w.req.NoCache || s.Name != "" && slices.ContainsFunc(w.req.NoCacheFilter, func(name string) bool { return strings.EqualFold(name, s.Name) })
 }
 
 // isShipped reports whether the layers of s leave the store.
