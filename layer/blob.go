@@ -183,7 +183,7 @@ func (s *Store) makeBlob(ctx context.Context, l Layer, c Compression) error {
 // blobFromAny compresses l from what is here. The tree need not be trusted for that: what comes out has a digest.
 func (s *Store) blobFromAny(ctx context.Context, l Layer, c Compression) error {
 	err := s.blobFromBlob(ctx, l, c)
-	for _, tree := range s.treesOf(l) {
+	for _, tree := range s.treesOf(l, s.treePath(l)) {
 		if _, none := os.Lstat(tree); none == nil && err != nil {
 			err = s.blobFromTree(ctx, l, c, tree)
 		}

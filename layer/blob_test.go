@@ -399,10 +399,9 @@ func TestGzipAgain(t *testing.T) {
 	}
 }
 
-// Who knows how long a blob is and stops there learns as well that it is damaged, before having all of it.
-// TestDamagedBlobOfTheEpoch wants a blob to be read that has the time that tools which pin times give to files.
-func TestDamagedBlobOfTheEpoch(t *testing.T) {
-	s := newStore(t)
+// damagedBlob is a stored blob of ten bytes of which one was changed.
+func damagedBlob(t *testing.T, s *Store) ocispec.Descriptor {
+	t.Helper()
 	d, err := s.PutBlob(t.Context(), "text/plain", []byte("some bytes"))
 	if err != nil {
 		t.Fatal(err)
@@ -410,6 +409,13 @@ func TestDamagedBlobOfTheEpoch(t *testing.T) {
 	if err := os.WriteFile(s.blobPath(d.Digest), []byte("same bytes"), 0o644); err != nil {
 		t.Fatal(err)
 	}
+	return d
+}
+
+// TestDamagedBlobOfTheEpoch wants a blob to be read that has the time that tools which pin times give to files.
+func TestDamagedBlobOfTheEpoch(t *testing.T) {
+	s := newStore(t)
+	d := damagedBlob(t, s)
 	if err := os.Chtimes(s.blobPath(d.Digest), time.Unix(0, 0), time.Unix(0, 0)); err != nil {
 		t.Fatal(err)
 	}
@@ -418,15 +424,10 @@ func TestDamagedBlobOfTheEpoch(t *testing.T) {
 	}
 }
 
+// Who knows how long a blob is and stops there learns as well that it is damaged, before having all of it.
 func TestDamagedBlobBySize(t *testing.T) {
 	s := newStore(t)
-	d, err := s.PutBlob(t.Context(), "text/plain", []byte("some bytes"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := os.WriteFile(s.blobPath(d.Digest), []byte("same bytes"), 0o644); err != nil {
-		t.Fatal(err)
-	}
+	d := damagedBlob(t, s)
 	r, size, err := s.OpenBlob(t.Context(), d.Digest)
 	if err != nil {
 		t.Fatal(err)

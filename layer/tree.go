@@ -44,10 +44,9 @@ func (s *Store) treePath(l Layer) string {
 	return filepath.Join(s.layerDir(l), s.treeOrigin().name())
 }
 
-// treesOf lists where l is, or was, unpacked: for steps of this process first, then for those of others.
-func (s *Store) treesOf(l Layer) []string {
-	own := s.treePath(l)
-	others := slices.DeleteFunc(s.unpacked(l), func(tree string) bool { return tree == own })
+// treesOf lists own, where l is or was unpacked for steps of this process, and where it is for those of others.
+func (s *Store) treesOf(l Layer, own string) []string {
+	others := slices.DeleteFunc(s.unpacked(l), func(tree string) bool { return tree == s.treePath(l) })
 	return append([]string{own}, others...)
 }
 

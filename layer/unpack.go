@@ -103,9 +103,9 @@ func (s *Store) fulfilled(l Layer, n need, x *index) bool {
 // obtainFrom tries stored blobs, promised ones, an untrusted tree and those of
 // others, in this order.
 func (s *Store) obtainFrom(ctx context.Context, l Layer, n need, x *index, dir string) error {
-	trees := s.treesOf(l)
+	own := s.treePath(l)
 	if n.into == "" && s.wantsTree(l, n) {
-		trees[0] = s.dropTree(l, dir)
+		own = s.dropTree(l, dir)
 	}
 	var failed error
 	for _, o := range s.origins(l, n) {
@@ -119,10 +119,11 @@ func (s *Store) obtainFrom(ctx context.Context, l Layer, n need, x *index, dir s
 		failed = errors.Join(failed, err)
 		removeAll(filepath.Join(dir, "new"))
 	}
+	var trees []string
+	if n.blob == "" && n.into == "" {
+		trees = s.treesOf(l, own)
+	}
 	for _, tree := range trees {
-		if n.blob != "" || n.into != "" {
-			break
-		}
 		if err := s.obtainFromTree(ctx, l, x, tree); err == nil {
 			return nil
 		} else if !errors.Is(err, fs.ErrNotExist) {

@@ -15,6 +15,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/gofrs/flock"
@@ -174,8 +175,9 @@ func (e Exporter) layoutDir(ctx context.Context, dir string, p plan, root ocispe
 	if err := e.Store.Durable(ctx, digests(blobs)...); err != nil { // links share what they link to
 		return err
 	}
+	tidy := sync.OnceFunc(func() { sweep(filepath.Join(dir, "blobs", "sha256")) })
 	for _, d := range blobs {
-		if err := e.blobFile(ctx, dir, d); err != nil {
+		if err := e.blobFile(ctx, dir, d, tidy); err != nil {
 			return err
 		}
 	}
@@ -281,8 +283,8 @@ func sameName(a, b ocispec.Descriptor) bool {
 		a.Annotations[ocispec.AnnotationRefName] == b.Annotations[ocispec.AnnotationRefName]
 }
 
-// blobFile puts a blob into a layout: by a hard link where both are on one file system, else as a copy.
-func (e Exporter) blobFile(ctx context.Context, dir string, d ocispec.Descriptor) error {
+// blobFile puts a blob into a layout: by a hard link where both are on one file system, else as a copy, after tidy.
+func (e Exporter) blobFile(ctx context.Context, dir string, d ocispec.Descriptor, tidy func()) error {
 	to := filepath.Join(dir, filepath.FromSlash(blobPath(d)))
 	from := filepath.Join(e.Store.Dir(), filepath.FromSlash(blobPath(d)))
 	err := os.Link(from, to)
@@ -298,7 +300,7 @@ func (e Exporter) blobFile(ctx context.Context, dir string, d ocispec.Descriptor
 			return renamed(tmp, to)
 		}
 	}
-	sweep(filepath.Dir(to))
+	tidy()
 	return replaceFile(to, func(w io.Writer) error { return e.into(ctx, w, d) })
 }
 

@@ -304,14 +304,7 @@ func TestBomb(t *testing.T) {
 	}
 	w.WriteHeader(&tar.Header{Name: "x", Mode: 0o644, Size: 64 << 20})
 	w.Write(make([]byte, 64<<20))
-	part, at, err := w.finish()
-	if err != nil {
-		t.Fatal(err)
-	}
-	data, err := os.ReadFile(at)
-	if err != nil {
-		t.Fatal(err)
-	}
+	data, part := finished(t, w)
 	err = readPart(bytes.NewReader(data), part, 1<<20, func(*tar.Header, io.Reader) error { return nil })
 	if err == nil || !strings.Contains(err.Error(), "more than it should") {
 		t.Errorf("readPart of a bomb = %v", err)
@@ -371,6 +364,13 @@ func sparseList(t *testing.T) (io.Reader, Part) {
 	if _, err := io.MultiWriter(w.zstd, w.diff).Write(append(h, make([]byte, 1024)...)); err != nil {
 		t.Fatal(err)
 	}
+	data, part := finished(t, w)
+	return bytes.NewReader(data), part
+}
+
+// finished is what a part holds, as it is stored.
+func finished(t *testing.T, w *partWriter) ([]byte, Part) {
+	t.Helper()
 	part, at, err := w.finish()
 	if err != nil {
 		t.Fatal(err)
@@ -379,7 +379,7 @@ func sparseList(t *testing.T) (io.Reader, Part) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	return bytes.NewReader(data), part
+	return data, part
 }
 
 func FuzzList(f *testing.F) {

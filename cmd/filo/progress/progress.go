@@ -1,6 +1,6 @@
 // Package progress draws what a builder reports: plain lines in BuildKit's form (plain.go), which a CI system may fold
-// (fold.go), a redrawn list on a terminal (tty.go), BuildKit's status objects as JSON (raw.go), or nothing. Where the time went is in timing.go. Lines are cut from the stream of a step
-// in line.go; every line of every step is drawn, however long the log.
+// (fold.go), a redrawn list on a terminal (tty.go), BuildKit's status objects as JSON (raw.go), or nothing. Where the time
+// went is in timing.go. Lines are cut from the stream of a step in line.go; every line of every step is drawn, however long the log.
 //
 // It decides nothing and keeps nothing but what it needs to draw, and the last lines of each step for whoever shows
 // the error. Steps are numbered here, in the order in which they are first heard of, so that others than the builder
